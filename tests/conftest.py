@@ -1,0 +1,31 @@
+"""What every test shares: one thread a process, no network, no colour."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("NO_COLOR", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """The folder of real data beside the checkout; tests that want it skip by name without it."""
+    folder = SHARED / "data"
+    if not folder.is_dir():
+        pytest.skip("shared data folder is not beside this checkout: real-data test passed over")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    import torch
+
+    torch.set_num_threads(1)

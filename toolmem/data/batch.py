@@ -1,0 +1,54 @@
+"""What a loader hands to training: tokens, targets, where loss is borne, and where the loader stands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """One batch of rows, padded on the right.
+
+    Args:
+        tokens: (batch, seq) int64, the inputs.
+        targets: (batch, seq) int64, the token that follows each input.
+        loss_mask: (batch, seq) bool, True where the target bears loss.
+        documents: (batch, seq) int32, number of the document that each token belongs to within its
+            row when attention between documents is blocked, -1 at padding; None when a row is one
+            document or attention is free.
+        n_tokens: tokens that are not padding (what throughput counts).
+        state: where the loader stands after this batch, plain data.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    loss_mask: Tensor
+    documents: Tensor | None = None
+    n_tokens: int = 0
+    state: dict[str, Any] = field(default_factory=dict)
+
+    def _map(self, function: Any) -> Batch:
+        return replace(
+            self,
+            tokens=function(self.tokens),
+            targets=function(self.targets),
+            loss_mask=function(self.loss_mask),
+            documents=None if self.documents is None else function(self.documents),
+        )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The same batch on ``device``."""
+        if self.tokens.device == torch.device(device):
+            return self
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory, for asynchronous copies to a GPU."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
