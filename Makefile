@@ -1,0 +1,78 @@
+# make demo · make test · make test-quick · make docs · make bench
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The first of these that exists and is new enough; override with `make demo PYTHON=/path/to/python`.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+	&& { command -v $$p; break; }; done)
+
+.PHONY: help demo test test-quick test-slow check docs bench clean
+
+help:
+	@echo "make demo        set up .venv, then train the three models of the demo (about 6 minutes on two cores)"
+	@echo "make test        set up .venv, then lint, types, contracts and the whole suite"
+	@echo "make test-quick  the same without the tests marked slow"
+	@echo "make docs        build the documentation into site/"
+	@echo "make bench       run every benchmark, about 25 minutes on an idle machine"
+
+# An environment per set of extras: the stamp is newer than what it was made from, or it is made again.
+define install
+	@if [ -z "$(PYTHON)" ]; then
+		echo "toolmem needs Python 3.11, 3.12 or 3.13, and none is on the PATH. Install one, or name it: make $@ PYTHON=/path/to/python3.11" >&2
+		exit 2
+	fi
+	if ! "$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'; then
+		echo "toolmem needs Python 3.11, 3.12 or 3.13; $(PYTHON) is $$("$(PYTHON)" -V 2>&1). Name another: make $@ PYTHON=/path/to/python3.11" >&2
+		exit 2
+	fi
+	if ! "$(PYTHON)" -c 'import ensurepip' 2>/dev/null; then
+		echo "$(PYTHON) cannot make virtual environments: install its venv package (Debian, Ubuntu: apt-get install python3-venv)" >&2
+		exit 2
+	fi
+	[ -x "$(BIN)/python" ] || "$(PYTHON)" -m venv "$(VENV)"
+	echo "installing toolmem$(1) into $(VENV) (a few minutes the first time)"
+	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".$(1)"
+	touch "$@"
+endef
+
+$(VENV)/.base: pyproject.toml constraints.txt
+	$(call install,)
+
+$(VENV)/.dev: pyproject.toml constraints.txt
+	$(call install,[dev,docs])
+	touch "$(VENV)/.base"
+
+demo: $(VENV)/.base
+	"$(BIN)/toolmem" demo
+
+check: $(VENV)/.dev
+	"$(BIN)/ruff" check .
+	"$(BIN)/ruff" format --check .
+	"$(BIN)/mypy"
+	"$(BIN)/lint-imports"
+
+test-quick: check
+	"$(BIN)/pytest" -n 2 -m "not slow" --durations 15
+
+test-slow: $(VENV)/.dev
+	"$(BIN)/pytest" -n 2 -m slow --durations 15 --timeout 1500
+
+test: check
+	echo "quick tests"
+	"$(BIN)/pytest" -n 2 -m "not slow" --durations 15
+	echo "slow tests"
+	"$(BIN)/pytest" -n 2 -m slow --durations 15 --timeout 1500
+
+docs: $(VENV)/.dev
+	"$(BIN)/mkdocs" build --strict
+
+bench: $(VENV)/.dev
+	for script in benchmarks/data.py benchmarks/train.py; do "$(BIN)/python" "$$script"; done
+
+clean:
+	rm -rf "$(VENV)" site .pytest_cache .mypy_cache .ruff_cache
