@@ -1,0 +1,269 @@
+"""The shell that every architecture shares: embed, blocks, norm, head.
+
+An architecture is a subclass whose ``__init__`` makes a list of blocks and hands it over. A block is a
+module with
+
+    forward(x, context, cache=None) -> x         x: (batch, seq, dim)
+    new_cache(batch_size, max_len, device, dtype) -> its decoding state, or None
+
+and its mixers say by a class attribute ``parameter_group`` where their parameters are counted.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from toolmem.errors import ToolmemError
+from toolmem.models.cache import Cache
+from toolmem.models.initialization import initialize
+from toolmem.models.layers import Context, RMSNorm, rotary_tables
+from toolmem.models.masks import cache_mask, document_mask, document_positions
+
+
+def _recording(init: Callable[..., None]) -> Callable[..., None]:
+    """An ``__init__`` that first notes its arguments in ``init_args``, defaults included."""
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def wrapper(self: LanguageModel, *args: Any, **kwargs: Any) -> None:
+        if (
+            "init_args" not in self.__dict__
+        ):  # a subclass's __init__ has been here before its parent's
+            bound = signature.bind(self, *args, **kwargs)
+            bound.apply_defaults()
+            recorded = dict(bound.arguments)
+            recorded.pop(next(iter(signature.parameters)))
+            for name, parameter in signature.parameters.items():
+                if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                    recorded |= recorded.pop(name)
+            self.__dict__["init_args"] = recorded
+        init(self, *args, **kwargs)
+
+    return wrapper
+
+
+class LanguageModel(nn.Module):
+    """A causal language model over token ids.
+
+    Args:
+        blocks: the layers, first to last.
+        norm: the norm after the last block.
+        vocab_size: number of token ids.
+        dim: width of the residual stream.
+        max_seq_len: longest sequence that it can take.
+        rotary_dim: width of the heads that rotary positions turn; 0 without rotary positions.
+        rope_base: RoPE's base.
+        learned_positions: add a learned embedding of the position.
+        tie_embeddings: the head is the embedding, transposed.
+        embedding_scale: multiply embedded tokens by sqrt(dim) (arXiv 1706.03762), so that a tied table can
+            be small enough for the head and large enough for the stream.
+        dropout: probability, on the embedded tokens (blocks see to their own).
+        initialization: a scheme of ``initialization.py``.
+    """
+
+    init_args: dict[str, Any]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in cls.__dict__:
+            cls.__init__ = _recording(cls.__init__)  # type: ignore[method-assign]
+
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        norm: nn.Module,
+        *,
+        vocab_size: int,
+        dim: int,
+        max_seq_len: int,
+        rotary_dim: int = 0,
+        rope_base: float = 10_000.0,
+        learned_positions: bool = False,
+        tie_embeddings: bool = False,
+        embedding_scale: bool = False,
+        dropout: float = 0.0,
+        initialization: str = "scaled",
+    ) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.dim = dim
+        self.max_seq_len = max_seq_len
+        self.tie_embeddings = tie_embeddings
+        self.scale = math.sqrt(dim) if embedding_scale else 1.0
+        self.embedding = nn.Embedding(vocab_size, dim)
+        self.position_embedding = nn.Embedding(max_seq_len, dim) if learned_positions else None
+        self.dropout = nn.Dropout(dropout) if dropout else None
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = norm
+        self.head = nn.Linear(dim, vocab_size, bias=False)
+        if tie_embeddings:
+            self.head.weight = self.embedding.weight
+        self.rotary = rotary_dim > 0
+        if self.rotary:
+            cos, sin = rotary_tables(rotary_dim, max_seq_len, rope_base)
+            # Not kept in checkpoints: a few numbers of the recipe decide them.
+            self.register_buffer("rotary_cos", cos, persistent=False)
+            self.register_buffer("rotary_sin", sin, persistent=False)
+        initialize(self, initialization)
+
+    rotary_cos: Tensor
+    rotary_sin: Tensor
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        *,
+        documents: Tensor | None = None,
+        cache: Cache | None = None,
+        counts: Tensor | None = None,
+    ) -> Tensor:
+        """What the head reads: the last block's output after the final norm.
+
+        Args:
+            tokens: (batch, seq) int64; rows are padded on the right, if at all.
+            documents: (batch, seq) integer ids; attention stays within equal ids and positions restart
+                at each. Not with a cache.
+            cache: decoding state that ``tokens`` continue; it takes them in.
+            counts: (batch,) int64, how many tokens of each row are real, only with a cache; None when all
+                are. What comes out at padding means nothing.
+
+        Returns:
+            (batch, seq, dim).
+
+        Raises:
+            ToolmemError: for a sequence longer than ``max_seq_len``, or than the cache.
+        """
+        if cache is None:
+            positions, context = self._context(tokens, documents)
+        else:
+            if documents is not None:
+                raise ToolmemError("documents cannot be given with a cache: one lane, one document")
+            positions, context = self._cached_context(tokens, cache, counts)
+        x = self.embedding(tokens)
+        if self.scale != 1.0:
+            x = x * self.scale
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(positions)
+        if self.dropout is not None:
+            x = self.dropout(x)
+        for index, block in enumerate(self.blocks):
+            x = block(x, context, None if cache is None else cache.layers[index])
+        if cache is not None:
+            cache.advance(counts, tokens.shape[1])
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head: (..., dim) to (..., vocab_size)."""
+        return self.head(hidden)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        documents: Tensor | None = None,
+        cache: Cache | None = None,
+        counts: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of the next token at every position, (batch, seq, vocab_size); arguments as ``hidden``."""
+        return self.logits(self.hidden(tokens, documents=documents, cache=cache, counts=counts))
+
+    def new_cache(
+        self,
+        batch_size: int,
+        max_len: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Cache:
+        """Empty decoding state.
+
+        Args:
+            batch_size: number of lanes.
+            max_len: tokens that a lane can hold.
+            device: the model's own when None.
+            dtype: the model's own when None.
+        """
+        weight = self.embedding.weight
+        device, dtype = device or weight.device, dtype or weight.dtype
+        layers = [block.new_cache(batch_size, max_len, device, dtype) for block in self.blocks]  # type: ignore[operator]
+        return Cache(layers, batch_size, max_len, device)
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Number of parameters by group; a tied table is counted once, as embedding."""
+        groups: dict[int, str] = {}
+        counts = dict.fromkeys(("embedding", "attention", "feed_forward", "norm", "head"), 0)
+        self._collect_groups(self, "other", groups)
+        for parameter in self.parameters():
+            group = groups[id(parameter)]
+            counts[group] = counts.get(group, 0) + parameter.numel()
+        assert sum(counts.values()) == sum(p.numel() for p in self.parameters())
+        return counts
+
+    def _collect_groups(self, module: nn.Module, group: str, groups: dict[int, str]) -> None:
+        """Note each parameter's group, by the nearest module around it that names one."""
+        if isinstance(module, nn.Embedding):
+            group = "embedding"
+        elif isinstance(module, RMSNorm | nn.LayerNorm):
+            group = "norm"
+        elif module is self.head:
+            group = "head"
+        else:
+            group = getattr(module, "parameter_group", group)
+        for parameter in module.parameters(recurse=False):
+            groups.setdefault(id(parameter), group)
+        for child in module.children():
+            self._collect_groups(child, group, groups)
+
+    def _check_length(self, length: int) -> None:
+        if length > self.max_seq_len:
+            raise ToolmemError(
+                f"a sequence of {length} tokens is longer than the model's max_seq_len "
+                f"{self.max_seq_len}: raise max_seq_len, or cut the sequences"
+            )
+
+    def _context(self, tokens: Tensor, documents: Tensor | None) -> tuple[Tensor | None, Context]:
+        """Positions and context of whole rows."""
+        seq = tokens.shape[1]
+        self._check_length(seq)
+        context = Context(documents=documents)
+        positions = None
+        if documents is not None:
+            context.mask = document_mask(documents)
+            positions = document_positions(documents)
+        elif self.position_embedding is not None:
+            positions = torch.arange(seq, device=tokens.device)
+        if self.rotary and positions is not None:
+            context.rotary = (self.rotary_cos[positions], self.rotary_sin[positions])
+        elif self.rotary:
+            context.rotary = (self.rotary_cos[:seq], self.rotary_sin[:seq])
+        return positions, context
+
+    def _cached_context(
+        self, tokens: Tensor, cache: Cache, counts: Tensor | None
+    ) -> tuple[Tensor, Context]:
+        """Positions and context of a chunk that continues the cache's lanes."""
+        seq = tokens.shape[1]
+        index = torch.arange(seq, device=tokens.device)
+        positions = cache.lengths[:, None] + index
+        longest = cache.longest + seq if counts is None else int((cache.lengths + counts).max())
+        self._check_length(longest)
+        cache.check_room(longest)
+        slots = positions
+        if counts is not None:
+            # Padding goes to the slot that nothing looks at, and takes a position that exists.
+            slots = torch.where(index < counts[:, None], positions, cache.max_len)
+            positions = positions.clamp(max=self.max_seq_len - 1)
+        context = Context(counts=counts, slots=slots)
+        if cache.longest:  # else the chunk is all there is, and plain causal attention serves
+            context.n_keys = longest
+            context.mask = cache_mask(positions, longest)
+        if self.rotary:
+            context.rotary = (self.rotary_cos[positions], self.rotary_sin[positions])
+        return positions, context
