@@ -1,0 +1,86 @@
+"""Endless streams of batches in which every batch is a function of its number.
+
+Where such a stream stands is one integer, so resuming, sharding over ranks and sharing the work
+among DataLoader workers are arithmetic, and any number of them gives the same batches.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from toolmem.data.batch import Batch
+from toolmem.errors import ToolmemError
+
+
+class IndexedBatches(IterableDataset, ABC):
+    """An endless stream whose batch number ``i`` depends on nothing but ``i`` and the settings.
+
+    Args:
+        seed: of everything random in it.
+        rank: this process's number; it gets its share of the rows of every batch.
+        world_size: number of processes.
+
+    Attributes:
+        position: number of the batch that iteration begins with.
+        stop: number of the batch that it ends before; None is never.
+    """
+
+    def __init__(self, *, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.position = 0
+        self.stop: int | None = None
+
+    @abstractmethod
+    def batch_at(self, index: int) -> Batch:
+        """This rank's share of batch number ``index``, its state naming batch ``index + 1``."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        index, step = self.position, 1
+        if worker is not None:  # the DataLoader takes one batch from each worker in turn
+            index, step = index + worker.id, worker.num_workers
+        while self.stop is None or index < self.stop:
+            yield self.batch_at(index)
+            index += step
+
+    def share(self, rows: np.ndarray) -> np.ndarray:
+        """The entries of ``rows`` that are this rank's: every ``world_size``-th."""
+        return rows[self.rank :: self.world_size]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where iteration begins, as in `Batch.state`."""
+        return {"batch": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Begin where ``state`` (a `Batch.state`) says."""
+        if not isinstance(state.get("batch"), int):
+            raise ToolmemError(f"not the state of a {type(self).__name__}: {state!r}")
+        self.position = state["batch"]
+
+
+def _as_is(batch: Batch) -> Batch:
+    return batch
+
+
+def make_loader(batches: IterableDataset, num_workers: int = 0) -> DataLoader:
+    """A DataLoader that hands the stream's batches through as they are.
+
+    Args:
+        batches: a stream of `Batch`es.
+        num_workers: processes that make them; 0 makes them in this one.
+    """
+    return DataLoader(
+        batches,
+        batch_size=None,
+        collate_fn=_as_is,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+    )
