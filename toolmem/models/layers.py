@@ -250,7 +250,7 @@ class Attention(nn.Module):
             keys_,
             values_,
             attn_mask=context.mask,
-            is_causal=context.mask is None and s > 1,
+            is_causal=context.mask is None,
             enable_gqa=h != k,
         )
         return self.out(y.transpose(1, 2).reshape(b, s, h * self.head_dim))
