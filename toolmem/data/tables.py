@@ -1,0 +1,205 @@
+"""The user's own people: CSV, TSV, JSONL, Parquet and DuckDB tables, checked row by row."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from toolmem.errors import ToolmemError
+
+READABLE = ".csv, .tsv, .jsonl, .parquet, .duckdb or .db"
+# C0 and C1 controls (NUL, tab and line ends among them) and the Unicode line separators: one would
+# end a line of a template or of a query.
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+Columns = dict[str, list[str]]
+
+
+def read_table(path: str | Path) -> tuple[Columns, dict[str, str]]:
+    """Read and check a table.
+
+    Args:
+        path: a file whose ending says its format.
+
+    Returns:
+        Column name -> texts (``name`` among them), and a factbase's own notes (empty otherwise).
+
+    Raises:
+        ToolmemError: naming the file, and the row and column where there is one.
+    """
+    file = Path(path)
+    if not file.is_file():
+        kind = "is a folder" if file.is_dir() else "does not exist"
+        raise ToolmemError(f"people: {path} {kind}; give a number of people, or a table ({READABLE})")
+    ending = file.suffix.lower()
+    readers = {
+        ".csv": _read_csv,
+        ".tsv": _read_csv,
+        ".jsonl": _read_jsonl,
+        ".ndjson": _read_jsonl,
+        ".parquet": _read_parquet,
+        ".duckdb": _read_duckdb,
+        ".db": _read_duckdb,
+    }
+    if ending not in readers:
+        raise ToolmemError(f"people: {path}: cannot read '{ending}' files; use {READABLE}")
+    try:
+        columns, meta = readers[ending](file)
+    except UnicodeDecodeError as error:
+        raise ToolmemError(f"people: {path} is not UTF-8 text: {error.reason}; convert it") from error
+    except OSError as error:
+        raise ToolmemError(f"people: {path} cannot be read: {error.strerror}") from error
+    return _checked(columns, path), meta
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(value).strip()
+
+
+def _checked(columns: Columns, path: str | Path) -> Columns:
+    if "name" not in columns:
+        there = ", ".join(columns) or "none"
+        raise ToolmemError(f"people: {path} has no column 'name' (columns: {there}); add or rename one")
+    if len(columns) < 2:
+        raise ToolmemError(f"people: {path} has only names; add at least one column of facts")
+    if not columns["name"]:
+        raise ToolmemError(f"people: {path} has no rows; at least one person is needed")
+    for key in columns:
+        if not key or CONTROL.search(key) or key != key.strip():
+            raise ToolmemError(
+                f"people: {path}: column name {key!r} is empty or has control characters or "
+                "spaces around it; rename it"
+            )
+    first_row: dict[str, int] = {}
+    for row, name in enumerate(columns["name"], start=1):
+        if not name:
+            raise ToolmemError(f"people: {path}, row {row}: the name is empty; fill it in")
+        if name in first_row:
+            raise ToolmemError(
+                f"people: {path}, row {row}: the name {name!r} is in row {first_row[name]} already; "
+                "names must be unique"
+            )
+        first_row[name] = row
+    for key, values in columns.items():
+        for row, value in enumerate(values, start=1):
+            if not value:
+                raise ToolmemError(
+                    f"people: {path}, row {row}, column '{key}': no value; fill it in or drop the row"
+                )
+            if CONTROL.search(value):
+                raise ToolmemError(
+                    f"people: {path}, row {row}, column '{key}': {value!r} holds a NUL or control "
+                    "character; remove it"
+                )
+    return columns
+
+
+def _read_csv(path: Path) -> tuple[Columns, dict[str, str]]:
+    with open(path, encoding="utf-8-sig", newline="") as stream:
+        rows = csv.reader(stream, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        try:
+            header = [key.strip() for key in next(rows, [])]
+            if len(set(header)) < len(header):
+                twice = next(key for key in header if header.count(key) > 1)
+                raise ToolmemError(f"people: {path}: two columns are named '{twice}'; rename one")
+            columns: Columns = {key: [] for key in header}
+            number = 0
+            for row in rows:
+                if not row:
+                    continue
+                number += 1
+                if len(row) != len(header):
+                    raise ToolmemError(
+                        f"people: {path}, row {number} (line {rows.line_num}): {len(row)} values for "
+                        f"{len(header)} columns; quote values that hold a comma"
+                    )
+                for key, value in zip(header, row, strict=True):
+                    columns[key].append(value.strip())
+        except csv.Error as error:
+            raise ToolmemError(f"people: {path}, line {rows.line_num}: {error}") from error
+    return columns, {}
+
+
+def _read_jsonl(path: Path) -> tuple[Columns, dict[str, str]]:
+    columns: Columns = {}
+    number = 0
+    with open(path, encoding="utf-8-sig") as stream:
+        for line_number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            number += 1
+            where = f"people: {path}, row {number} (line {line_number})"
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ToolmemError(f"{where}: not JSON ({error}); one object a line") from error
+            if not isinstance(row, dict):
+                raise ToolmemError(f"{where}: not an object; write {{'name': …, 'attribute': …}}")
+            if not columns:
+                columns = {key: [] for key in row}
+            if row.keys() != columns.keys():
+                odd = sorted(row.keys() ^ columns.keys())
+                raise ToolmemError(
+                    f"{where}: its keys differ from the first row's in {', '.join(odd)}; give every "
+                    "row the same keys"
+                )
+            for key, value in row.items():
+                if isinstance(value, dict | list):
+                    raise ToolmemError(f"{where}, column '{key}': a list or object, not one value")
+                columns[key].append(_text(value))
+    return columns, {}
+
+
+def _read_parquet(path: Path) -> tuple[Columns, dict[str, str]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+    except pa.ArrowException as error:
+        raise ToolmemError(f"people: {path} is not a whole Parquet file: {error}") from error
+    if len(set(table.column_names)) < len(table.column_names):
+        raise ToolmemError(f"people: {path}: two columns have the same name; rename one")
+    return {
+        key: [_text(value) for value in table.column(key).to_pylist()]
+        for key in table.column_names
+    }, {}
+
+
+def _read_duckdb(path: Path) -> tuple[Columns, dict[str, str]]:
+    import duckdb
+
+    try:
+        connection = duckdb.connect(str(path), read_only=True)
+    except duckdb.Error as error:
+        raise ToolmemError(f"people: {path} is not a whole DuckDB file: {error}") from error
+    with connection:
+        found = connection.execute(
+            "SELECT table_name FROM information_schema.tables WHERE table_schema = 'main'"
+        ).fetchall()
+        tables = [str(row[0]) for row in found]
+        candidates = [table for table in tables if table != "meta"]
+        if "people" not in tables and len(candidates) != 1:
+            raise ToolmemError(
+                f"people: {path} has no table 'people' (tables: {', '.join(tables) or 'none'}); "
+                "name one so"
+            )
+        table = "people" if "people" in tables else candidates[0]
+        result = connection.execute('SELECT * FROM "{}"'.format(table.replace('"', '""')))
+        names = [str(column[0]) for column in result.description or []]
+        rows = result.fetchall()
+        meta: dict[str, str] = {}
+        if "meta" in tables and "people" in tables:
+            try:
+                meta = dict(connection.execute("SELECT key, value FROM meta").fetchall())
+            except duckdb.Error:
+                meta = {}  # the user's own table that happens to be called meta
+    columns = {key: [_text(row[i]) for row in rows] for i, key in enumerate(names)}
+    return columns, meta if "fingerprint" in meta else {}
