@@ -11,6 +11,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
 	&& { command -v $$p; break; }; done)
 
+COMMA := ,
+
 .PHONY: help demo test test-quick test-slow check docs bench clean
 
 help:
@@ -44,7 +46,7 @@ $(VENV)/.base: pyproject.toml constraints.txt
 	$(call install,)
 
 $(VENV)/.dev: pyproject.toml constraints.txt
-	$(call install,[dev,docs])
+	$(call install,[dev$(COMMA)docs])
 	touch "$(VENV)/.base"
 
 demo: $(VENV)/.base

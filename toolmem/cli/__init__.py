@@ -1,0 +1,86 @@
+"""The command line: one light table of commands; what a command needs is imported when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+from toolmem.errors import ToolmemError
+
+# command -> (module with `main(argv)`, one line of help)
+COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("toolmem.cli.demo", "the library's point in one screen: three models, six minutes"),
+    "fit": ("toolmem.cli.fit", "train a model by a recipe"),
+    "validate": ("toolmem.cli.fit", "validation loss of a checkpoint"),
+    "test": ("toolmem.cli.fit", "test loss of a checkpoint"),
+    "predict": ("toolmem.cli.fit", "log-probability of every token of the held-out data"),
+    "generate": ("toolmem.cli.generate", "ask a trained model, tools in the loop"),
+    "evaluate": ("toolmem.cli.evaluate", "recall of a trained model, with exact counts and intervals"),
+    "facts": ("toolmem.cli.facts", "build a factbase, or show one"),
+    "tool": ("toolmem.cli.tool", "try a tool by hand"),
+    "tokenizer": ("toolmem.cli.tokenizer", "train a BPE tokenizer"),
+}
+
+EXAMPLES = """\
+examples:
+  toolmem demo
+  toolmem fit --config recipes/facts_in_tool.yaml --name first
+  toolmem generate --checkpoint runs/first --prompt "When was Ann Smith born?"
+  toolmem evaluate --checkpoint runs/first --tasks recall --out results.json
+"""
+
+
+def usage() -> str:
+    """The text of ``toolmem --help``."""
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
+    return (
+        "usage: toolmem COMMAND [options]\n\n"
+        "Should a language model store facts in its weights, or learn to ask a tool for them?\n\n"
+        f"commands:\n{rows}\n\n"
+        "`toolmem COMMAND --help` explains each.\n\n" + EXAMPLES
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; return its exit code: 0, 2 for what the user can mend, 130 for Ctrl-C.
+
+    Args:
+        argv: the words after ``toolmem``; those of the process when None.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage(), end="")
+        return 0
+    if argv[0] in ("-V", "--version"):
+        import toolmem
+
+        print(f"toolmem {toolmem.__version__}")
+        return 0
+    command, rest = argv[0], argv[1:]
+    try:
+        if command not in COMMANDS:
+            import difflib
+
+            near = difflib.get_close_matches(command, COMMANDS, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ToolmemError(f"unknown command {command!r}: {hint}`toolmem --help` lists them all")
+        return importlib.import_module(COMMANDS[command][0]).main(command, rest) or 0
+    except ToolmemError as error:
+        if os.environ.get("TOOLMEM_DEBUG"):
+            raise
+        print(f"toolmem {command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\ntoolmem {command}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # whoever read our output has gone (`toolmem … | head`): nothing is wrong here
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        return 0
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main())
