@@ -1,9 +1,9 @@
 """Decoding state: what each layer remembers of the tokens that it has seen, one lane a dialogue.
 
 A layer's state is an object of its own (keys and values here; an SSM's or an RNN's state is another
-class with the same two members), and ``Cache`` holds one a layer beside the lanes' lengths. Lanes are
-ragged: each has its own length, and a chunk of new tokens says by ``counts`` how many of each row are
-real. Padding is neither attended to nor kept.
+class with the members of ``LayerCache``), and ``Cache`` holds one a layer beside the lanes'
+lengths. Lanes are ragged: each has its own length, and a chunk of new tokens says by ``counts``
+how many of each row are real. Padding is neither attended to nor kept.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from toolmem.errors import ToolmemError
@@ -22,6 +23,9 @@ class LayerCache(Protocol):
 
     def gather(self, lanes: Tensor) -> None:
         """Keep the lanes of these indices (n,) int64, in this order; a lane may be repeated."""
+
+    def reserve(self, max_len: int) -> None:
+        """Make room for lanes of ``max_len`` tokens; nothing to do for a state of fixed size."""
 
     def size_in_bytes(self) -> int:
         """Memory held."""
@@ -77,6 +81,14 @@ class Cache:
         self.lengths = self.lengths.index_select(0, lanes)
         self.longest = int(self.lengths.max()) if len(lanes) else 0
 
+    def reserve(self, max_len: int) -> None:
+        """Let lanes grow to ``max_len`` tokens, keeping what they hold."""
+        if max_len > self.max_len:
+            for layer in self.layers:
+                if layer is not None:
+                    layer.reserve(max_len)
+            self.max_len = max_len
+
     def size_in_bytes(self) -> int:
         """Memory held by all layers."""
         return sum(layer.size_in_bytes() for layer in self.layers if layer is not None)
@@ -86,9 +98,9 @@ class Cache:
 
 
 class AttentionCache:
-    """Keys and values of one attention layer, and the tail that its short convolution looks back on.
+    """Keys and values of one attention layer, and the tail that its convolution looks back on.
 
-    Each lane has ``max_len`` slots and one more, which nothing ever looks at: padding is written there.
+    Each lane has ``max_len`` slots and one more, which nothing ever looks at: padding goes there.
 
     Args:
         batch_size: number of lanes.
@@ -133,6 +145,11 @@ class AttentionCache:
         self.keys = self.keys.index_select(0, lanes)
         self.values = self.values.index_select(0, lanes)
         self.tail = self.tail.index_select(0, lanes)
+
+    def reserve(self, max_len: int) -> None:
+        """Lengthen every lane to ``max_len`` slots (and the one for padding)."""
+        more = (0, 0, 0, max_len + 1 - self.keys.shape[2])
+        self.keys, self.values = F.pad(self.keys, more), F.pad(self.values, more)
 
     def size_in_bytes(self) -> int:
         """Memory held."""

@@ -1,14 +1,16 @@
 """Named schemes for a model's first weights.
 
-| scheme   | matrices                | last matrix of a residual branch | embedding, tied | embedding, untied | head         |
-|----------|-------------------------|----------------------------------|-----------------|-------------------|--------------|
-| `scaled` | N(0, 1/fan_in)          | the same / (2 n_layers)          | N(0, 1/dim)     | N(0, 1)           | N(0, 1/dim)  |
-| `gpt2`   | N(0, 0.02²)             | the same / (2 n_layers)          | N(0, 0.02²)     | N(0, 0.02²)       | N(0, 0.02²)  |
-| `llama`  | N(0, 0.02²) within ±3 σ | as the other matrices            | as matrices     | as matrices       | as matrices  |
+| scheme   | matrices      | ends of branches   | embedding tied / untied | head        |
+|----------|---------------|--------------------|-------------------------|-------------|
+| `scaled` | 1 / fan_in    | that / (2 n_layers)| 1 / dim, 1              | 1 / dim     |
+| `gpt2`   | 0.02²         | that / (2 n_layers)| 0.02²                   | 0.02²       |
+| `llama`  | 0.02², cut 3σ | as matrices        | as matrices             | as matrices |
 
-(variances; 2 n_layers is the number of residual branches.) Biases start at 0, gains of norms at 1, taps of
-short convolutions at 0 (the identity). `scaled` is the default: standard deviations of 0.02 are made for
-wide models, and at dim 16 they leave every branch nearly silent (1/sqrt(16) = 0.25).
+Entries are variances of a normal distribution around 0; a branch ends in the matrix that writes to
+the residual stream, and there are 2 n_layers branches. Biases start at 0, gains of norms at 1, taps
+of short convolutions at 0 (the identity). `scaled` is the default: a standard deviation of 0.02 is
+made for wide models and leaves every branch of a model of dim 16 nearly silent (1/sqrt(16) is
+0.25).
 """
 
 from __future__ import annotations
@@ -79,7 +81,7 @@ SCHEMES: dict[str, Callable[[LanguageModel], None]] = {
 
 @torch.no_grad()
 def initialize(model: LanguageModel, scheme: str) -> None:
-    """Give ``model`` its first weights by the scheme of this name; draws from torch's global generator.
+    """Give ``model`` its first weights by a named scheme, drawn from torch's global generator.
 
     Raises:
         ToolmemError: for an unknown name.

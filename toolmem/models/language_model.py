@@ -1,7 +1,7 @@
 """The shell that every architecture shares: embed, blocks, norm, head.
 
-An architecture is a subclass whose ``__init__`` makes a list of blocks and hands it over. A block is a
-module with
+An architecture is a subclass whose ``__init__`` makes a list of blocks and hands it over. A block
+is a module with
 
     forward(x, context, cache=None) -> x         x: (batch, seq, dim)
     new_cache(batch_size, max_len, device, dtype) -> its decoding state, or None
@@ -62,8 +62,8 @@ class LanguageModel(nn.Module):
         rope_base: RoPE's base.
         learned_positions: add a learned embedding of the position.
         tie_embeddings: the head is the embedding, transposed.
-        embedding_scale: multiply embedded tokens by sqrt(dim) (arXiv 1706.03762), so that a tied table can
-            be small enough for the head and large enough for the stream.
+        embedding_scale: multiply embedded tokens by sqrt(dim) (arXiv 1706.03762), so that a tied
+            table can be small enough for the head and large enough for the stream.
         dropout: probability, on the embedded tokens (blocks see to their own).
         initialization: a scheme of ``initialization.py``.
     """
@@ -128,11 +128,11 @@ class LanguageModel(nn.Module):
 
         Args:
             tokens: (batch, seq) int64; rows are padded on the right, if at all.
-            documents: (batch, seq) integer ids; attention stays within equal ids and positions restart
-                at each. Not with a cache.
+            documents: (batch, seq) integer ids; attention stays within equal ids and positions
+                restart at each. Not with a cache.
             cache: decoding state that ``tokens`` continue; it takes them in.
-            counts: (batch,) int64, how many tokens of each row are real, only with a cache; None when all
-                are. What comes out at padding means nothing.
+            counts: (batch,) int64, how many tokens of each row are real, only with a cache; None
+                when all are. What comes out at padding means nothing.
 
         Returns:
             (batch, seq, dim).
@@ -171,7 +171,7 @@ class LanguageModel(nn.Module):
         cache: Cache | None = None,
         counts: Tensor | None = None,
     ) -> Tensor:
-        """Logits of the next token at every position, (batch, seq, vocab_size); arguments as ``hidden``."""
+        """Logits of the next token, (batch, seq, vocab_size); arguments as ``hidden``."""
         return self.logits(self.hidden(tokens, documents=documents, cache=cache, counts=counts))
 
     def new_cache(
@@ -192,7 +192,10 @@ class LanguageModel(nn.Module):
         """
         weight = self.embedding.weight
         device, dtype = device or weight.device, dtype or weight.dtype
-        layers = [block.new_cache(batch_size, max_len, device, dtype) for block in self.blocks]  # type: ignore[operator]
+        layers = [
+            block.new_cache(batch_size, max_len, device, dtype)  # type: ignore[operator]
+            for block in self.blocks
+        ]
         return Cache(layers, batch_size, max_len, device)
 
     def parameter_counts(self) -> dict[str, int]:

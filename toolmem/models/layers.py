@@ -28,7 +28,7 @@ class Context:
         mask: bool, broadcasting to (b, h, s, keys), True where attention is allowed; None for plain
             causal attention.
         rotary: cosines and sines, each (s, 1, d) or (b, s, 1, d); None without rotary positions.
-        counts: (b,) int64, real tokens of each row of this chunk; None when all are. Only with a cache.
+        counts: (b,) int64, real tokens of each row of a cached chunk; None when all are.
         slots: (b, s) int64, where each new token goes in a cache; None without one.
         n_keys: cached keys to look at; 0 when the chunk is all there is.
     """
@@ -69,7 +69,7 @@ def make_norm(kind: str, dim: int, eps: float, bias: bool = False) -> nn.Module:
 
 
 def rotary_tables(head_dim: int, max_seq_len: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of rotary positions (RoPE, arXiv 2104.09864), in Llama's half-and-half layout.
+    """Cosines and sines of rotary positions (RoPE, arXiv 2104.09864), in Llama's layout of halves.
 
     The sines carry the sign of ``rotate``'s swap, so that rotating is two products and a sum.
 
@@ -101,8 +101,8 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 class ShortConvolution(nn.Module):
     """Causal convolution of a few tokens, each channel by itself: y_t = x_t + sum_j w_j x_{t-j}.
 
-    The taps start at zero around a residual connection, so it is the identity at the start, and weight
-    decay pulls it there (Canon layers, arXiv 2512.17351).
+    The taps start at zero around a residual connection, so it is the identity at the start, and
+    weight decay pulls it there (Canon layers, arXiv 2512.17351).
 
     Args:
         channels: size of the last dimension.
@@ -113,8 +113,8 @@ class ShortConvolution(nn.Module):
         super().__init__()
         self.channels = channels
         self.width = width
-        # Flat, not (width, channels): it is a bundle of filters, and nothing that treats matrices as
-        # linear maps (Muon, low-rank adapters, quantisers) should take it for one.
+        # Flat, not (width, channels): it is a bundle of filters, and nothing that treats matrices
+        # as linear maps (Muon, low-rank adapters, quantisers) should take it for one.
         self.taps = nn.Parameter(torch.zeros(width * channels))
 
     def forward(self, x: Tensor, documents: Tensor | None = None) -> Tensor:
@@ -245,6 +245,8 @@ class Attention(nn.Module):
             )
         else:
             keys_, values_ = keys.transpose(1, 2), values.transpose(1, 2)
+        # The flash kernel also for tiny heads: at (128, 2, 70, 16) forward and backward took 13 ms
+        # on one core, 25 ms by the math kernel and 16 ms by two bmm and a softmax.
         y = F.scaled_dot_product_attention(
             queries.transpose(1, 2),
             keys_,
@@ -257,13 +259,14 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two-layer perceptron on each token: ``swiglu`` (gated, arXiv 2002.05202), ``silu``, ``gelu`` or
-    ``relu2`` (squared ReLU, arXiv 2109.08668).
+    """Two-layer perceptron on each token.
+
+    ``swiglu`` is gated (arXiv 2002.05202), ``relu2`` is the squared ReLU (arXiv 2109.08668).
 
     Args:
         dim: width of the residual stream.
         hidden_dim: width inside; the gated form has two inputs of that width, in one projection.
-        kind: the activation.
+        kind: ``swiglu``, ``silu``, ``gelu`` or ``relu2``.
         bias: biases in both projections.
     """
 

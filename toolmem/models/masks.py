@@ -1,7 +1,7 @@
 """Which token may see which: causal, blocked by document, and over a cache of keys.
 
-Masks are bool, True where attention is allowed, and broadcast to (batch, heads, queries, keys). Plain
-causal attention has no mask at all: ``scaled_dot_product_attention(is_causal=True)`` needs none.
+Masks are bool, True where attention is allowed, and broadcast to (batch, heads, queries, keys).
+Plain causal attention has none: ``scaled_dot_product_attention(is_causal=True)`` needs none.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def document_mask(documents: Tensor) -> Tensor:
     """Causal attention that stays within a document.
 
     Args:
-        documents: (batch, seq) integer ids; the tokens of one document share an id and are adjacent.
+        documents: (batch, seq) integer ids; a document's tokens share one and are adjacent.
 
     Returns:
         (batch, 1, seq, seq) bool.
@@ -32,7 +32,7 @@ def document_positions(documents: Tensor) -> Tensor:
     """Each token's position within its document, counted from 0.
 
     Args:
-        documents: (batch, seq) integer ids; the tokens of one document share an id and are adjacent.
+        documents: (batch, seq) integer ids; a document's tokens share one and are adjacent.
 
     Returns:
         (batch, seq) int64.

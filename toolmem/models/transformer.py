@@ -1,7 +1,7 @@
 """A decoder-only Transformer.
 
-Unusual about it: query, key and value come from one projection, and may pass through a causal convolution
-of a few tokens (Canon layers), with which even one layer can look a name up and copy it; the gated
+Unusual about it: query, key and value come from one projection, and may pass through a causal
+convolution of a few tokens (Canon layers), which makes learning to copy reliable; the gated
 feed-forward has one input projection. Everything else is Llama's (or, by options, GPT-2's).
 """
 
@@ -143,8 +143,8 @@ class Transformer(LanguageModel):
             raise ToolmemError(f"position: unknown {position!r}; choose rope, learned or none")
         if position == "rope" and width % 2:
             raise ToolmemError(
-                f"head_dim {width} is odd, and position: rope turns pairs of numbers: make head_dim "
-                "(dim / n_heads) even, or choose another position"
+                f"head_dim {width} is odd, and position: rope turns pairs of numbers: make "
+                "head_dim (dim / n_heads) even, or choose another position"
             )
         if not 0 <= dropout < 1:
             raise ToolmemError(f"dropout is {dropout}: it must be at least 0 and below 1")

@@ -1,0 +1,172 @@
+"""The naive loop: one prompt, no cache. What every faster generator must equal, token for token.
+
+The rules of a dialogue, which stand here in the open:
+
+- The assistant speaks until it writes ``<|end|>`` (finished) or ``<|database|>`` (a tool call).
+- A tool call's text is what the assistant wrote since the last ``<|assistant|>``. The answer is
+  encoded and forced into the dialogue, followed by ``<|assistant|>``; both are the database's.
+- A call that may not be made (no toolbox, or ``max_tool_calls`` made) finishes with ``tool_calls``.
+- ``max_new_tokens`` counts what the model writes; ``model.max_seq_len`` bounds the whole dialogue.
+  Both finish with ``length``, as does an answer that does not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from toolmem.errors import ToolmemError
+from toolmem.generation.sampling import Greedy, Sampler, uniform_numbers
+from toolmem.tools.base import Answer, extract_query
+
+if TYPE_CHECKING:
+    from toolmem.data.tokenizers import Tokenizer
+    from toolmem.models.language_model import LanguageModel
+    from toolmem.tools.base import Toolbox
+
+NONE, USER, ASSISTANT, DATABASE = 0, 1, 2, 3  # role codes
+
+FinishReason = Literal["end", "length", "tool_calls"]
+
+
+@dataclass
+class Generated:
+    """A finished dialogue, as token ids with a role each.
+
+    Args:
+        tokens: prompt and all that followed.
+        roles: role code of each token.
+        log_probs: the model's own log-probability of each token that it wrote (nats, before
+            temperature and truncation), nan for prompt and forced tokens.
+        finish_reason: ``end`` written; ``length`` reached; ``tool_calls``: one too many.
+        tool_calls: queries with their answers.
+        prompt_length: tokens of the prompt.
+    """
+
+    tokens: list[int]
+    roles: list[int]
+    log_probs: list[float]
+    finish_reason: FinishReason
+    tool_calls: list[tuple[str, Answer]] = field(default_factory=list)
+    prompt_length: int = 0
+
+
+def token_roles(tokens: Sequence[int], role_ids: Mapping[str, int]) -> list[int]:
+    """Role code of each token; a role token belongs to whoever speaks before it."""
+    speakers = {
+        role_ids["user"]: USER,
+        role_ids["assistant"]: ASSISTANT,
+        role_ids["database"]: DATABASE,
+        role_ids["end"]: USER,
+    }
+    roles, speaker = [], USER
+    for token in tokens:
+        roles.append(speaker)
+        speaker = speakers.get(token, speaker)
+    return roles
+
+
+def turn_text(tokens: Sequence[int], tokenizer: Tokenizer) -> str:
+    """The text of a tool call: from the last ``<|assistant|>`` to the token before the last."""
+    assistant = tokenizer.role_ids["assistant"]
+    start = len(tokens) - 1
+    while start > 0 and tokens[start - 1] != assistant:
+        start -= 1
+    return tokenizer.decode(tokens[start:-1])
+
+
+def check_prompt(model: LanguageModel, prompt: Sequence[int]) -> None:
+    """Raise ``ToolmemError`` for a prompt that is empty, too long, or of another vocabulary."""
+    if not prompt:
+        raise ToolmemError("a prompt is empty: it needs at least one token")
+    if len(prompt) > model.max_seq_len:
+        raise ToolmemError(
+            f"a prompt of {len(prompt)} tokens is longer than the model's max_seq_len "
+            f"{model.max_seq_len}: shorten it"
+        )
+    low, high = min(prompt), max(prompt)
+    if low < 0 or high >= model.vocab_size:
+        raise ToolmemError(
+            f"token {low if low < 0 else high} of a prompt is outside the model's vocabulary "
+            f"(vocab_size {model.vocab_size}): use the tokenizer that the model was trained with"
+        )
+
+
+@contextmanager
+def evaluating(model: LanguageModel) -> Iterator[None]:
+    """Dropout off; back as it was afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@torch.no_grad()
+def generate_naive(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    prompt: list[int],
+    *,
+    toolbox: Toolbox | None = None,
+    max_new_tokens: int = 128,
+    max_tool_calls: int = 4,
+    sampler: Sampler | None = None,
+    seed: int = 0,
+) -> Generated:
+    """Continue one dialogue by running the whole of it through the model for every token.
+
+    Args:
+        model: on any device; its mode is put back.
+        tokenizer: has the role tokens.
+        prompt: token ids, ending where the assistant begins to speak.
+        toolbox: answers tool calls.
+        max_new_tokens: tokens that the model may write.
+        max_tool_calls: calls that it may make.
+        sampler: ``Greedy()`` when None.
+        seed: of this dialogue's samples.
+
+    Raises:
+        ToolmemError: for a prompt that the model cannot take.
+    """
+    check_prompt(model, prompt)
+    sampler = sampler or Greedy()
+    generator = torch.Generator().manual_seed(seed)
+    end, database = tokenizer.role_ids["end"], tokenizer.role_ids["database"]
+    device = next(model.parameters()).device
+    tokens, roles = list(prompt), token_roles(prompt, tokenizer.role_ids)
+    log_probs = [float("nan")] * len(prompt)
+    calls: list[tuple[str, Answer]] = []
+    written = 0
+    reason: FinishReason = "length"
+    with evaluating(model):
+        while written < max_new_tokens and len(tokens) < model.max_seq_len:
+            logits = model(torch.tensor([tokens], device=device))[:, -1].float()
+            uniform = uniform_numbers([generator]) if sampler.random else None
+            token = int(sampler(logits, uniform))
+            tokens.append(token)
+            roles.append(ASSISTANT)
+            log_probs.append(float(logits.log_softmax(dim=-1)[0, token]))
+            written += 1
+            if token == end:
+                reason = "end"
+                break
+            if token == database:
+                if toolbox is None or len(calls) >= max_tool_calls:
+                    reason = "tool_calls"
+                    break
+                text = turn_text(tokens, tokenizer)
+                [answer] = toolbox.call_many([text])
+                calls.append((extract_query(text), answer))
+                forced = [*tokenizer.encode(answer.text), tokenizer.role_ids["assistant"]]
+                if len(tokens) + len(forced) > model.max_seq_len:
+                    break
+                tokens += forced
+                roles += [DATABASE] * len(forced)
+                log_probs += [float("nan")] * len(forced)
+    return Generated(tokens, roles, log_probs, reason, calls, len(prompt))
