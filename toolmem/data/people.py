@@ -299,32 +299,3 @@ def _unseen_of_table(n: int, training: Population, seed: int) -> Population:
             rows = choice(seed, f"unseen {key}", pairs, len(values))
             attributes[key] = [values[row] for row in rows.tolist()]
     return Population(names, attributes, kind="unseen", seed=seed)
-
-
-def load_population(path: str | Path) -> Population:
-    """A population from the user's own table: CSV, Parquet, JSONL, DuckDB or a factbase.
-
-    Args:
-        path: the file. A column ``name`` holds unique names; every other column is an attribute.
-
-    Raises:
-        ToolmemError: unreadable file, no column ``name``, or (naming the row) an empty or duplicate
-            name, an empty value, a NUL or control character.
-    """
-    from toolmem.data.tables import read_table
-
-    columns, meta = read_table(path)
-    population = Population(
-        columns["name"],
-        {key: values for key, values in columns.items() if key != "name"},
-        kind=meta.get("kind", "table"),
-        seed=int(meta["seed"]) if meta.get("seed") else None,
-        alpha=float(meta["alpha"]) if meta.get("alpha") else None,
-        source=str(path),
-    )
-    if meta and meta["fingerprint"] != population.fingerprint():
-        raise ToolmemError(
-            f"people: {path} is a factbase whose people were changed after it was built (the "
-            "fingerprint differs); build it again with `toolmem facts build`"
-        )
-    return population

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from toolmem.data.people import Population
 from toolmem.errors import ToolmemError
 
 READABLE = ".csv, .tsv, .jsonl, .parquet, .duckdb or .db"
@@ -16,6 +17,33 @@ READABLE = ".csv, .tsv, .jsonl, .parquet, .duckdb or .db"
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 Columns = dict[str, list[str]]
+
+
+def load_population(path: str | Path) -> Population:
+    """A population from the user's own table: CSV, Parquet, JSONL, DuckDB or a factbase.
+
+    Args:
+        path: the file. A column ``name`` holds unique names; every other column is an attribute.
+
+    Raises:
+        ToolmemError: unreadable file, no column ``name``, or (naming the row) an empty or duplicate
+            name, an empty value, a NUL or control character.
+    """
+    columns, meta = read_table(path)
+    population = Population(
+        columns["name"],
+        {key: values for key, values in columns.items() if key != "name"},
+        kind=meta.get("kind", "table"),
+        seed=int(meta["seed"]) if meta.get("seed") else None,
+        alpha=float(meta["alpha"]) if meta.get("alpha") else None,
+        source=str(path),
+    )
+    if meta and meta["fingerprint"] != population.fingerprint():
+        raise ToolmemError(
+            f"people: {path} is a factbase whose people were changed after it was built (the "
+            "fingerprint differs); build it again with `toolmem facts build`"
+        )
+    return population
 
 
 def read_table(path: str | Path) -> tuple[Columns, dict[str, str]]:
@@ -63,6 +91,18 @@ def _text(value: Any) -> str:
     return str(value).strip()
 
 
+def _check_unique(names: list[str], path: Path) -> None:
+    """Column names must differ in more than case: a query's do."""
+    seen: set[str] = set()
+    for name in names:
+        if name.casefold() in seen:
+            raise ToolmemError(
+                f"people: {path}: two columns are named '{name}' (upper and lower case are the same "
+                "in a query); rename one"
+            )
+        seen.add(name.casefold())
+
+
 def _checked(columns: Columns, path: str | Path) -> Columns:
     if "name" not in columns:
         there = ", ".join(columns) or "none"
@@ -106,9 +146,7 @@ def _read_csv(path: Path) -> tuple[Columns, dict[str, str]]:
         rows = csv.reader(stream, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
         try:
             header = [key.strip() for key in next(rows, [])]
-            if len(set(header)) < len(header):
-                twice = next(key for key in header if header.count(key) > 1)
-                raise ToolmemError(f"people: {path}: two columns are named '{twice}'; rename one")
+            _check_unique(header, path)
             columns: Columns = {key: [] for key in header}
             number = 0
             for row in rows:
@@ -143,6 +181,7 @@ def _read_jsonl(path: Path) -> tuple[Columns, dict[str, str]]:
             if not isinstance(row, dict):
                 raise ToolmemError(f"{where}: not an object; write {{'name': …, 'attribute': …}}")
             if not columns:
+                _check_unique(list(row), path)
                 columns = {key: [] for key in row}
             if row.keys() != columns.keys():
                 odd = sorted(row.keys() ^ columns.keys())
@@ -165,8 +204,7 @@ def _read_parquet(path: Path) -> tuple[Columns, dict[str, str]]:
         table = pq.read_table(path)
     except pa.ArrowException as error:
         raise ToolmemError(f"people: {path} is not a whole Parquet file: {error}") from error
-    if len(set(table.column_names)) < len(table.column_names):
-        raise ToolmemError(f"people: {path}: two columns have the same name; rename one")
+    _check_unique(table.column_names, path)
     return {
         key: [_text(value) for value in table.column(key).to_pylist()]
         for key in table.column_names
