@@ -22,6 +22,9 @@ class Batch:
             document or attention is free.
         n_tokens: tokens that are not padding (what throughput counts).
         state: where the loader stands after this batch, plain data.
+        loss_positions: int64, indices into the flattened (batch * seq) positions that bear loss; None
+            until somebody asks (``positions``) or the batch moves. They are found before a batch goes
+            to a GPU: looking for them there would make the host wait.
     """
 
     tokens: Tensor
@@ -30,6 +33,13 @@ class Batch:
     documents: Tensor | None = None
     n_tokens: int = 0
     state: dict[str, Any] = field(default_factory=dict)
+    loss_positions: Tensor | None = None
+
+    def positions(self) -> Tensor:
+        """Indices into the flattened positions that bear loss, int64."""
+        if self.loss_positions is None:
+            self.loss_positions = self.loss_mask.flatten().nonzero().squeeze(1)
+        return self.loss_positions
 
     def _map(self, function: Any) -> Batch:
         return replace(
@@ -38,6 +48,7 @@ class Batch:
             targets=function(self.targets),
             loss_mask=function(self.loss_mask),
             documents=None if self.documents is None else function(self.documents),
+            loss_positions=function(self.positions()),
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:

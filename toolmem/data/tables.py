@@ -38,6 +38,8 @@ def load_population(path: str | Path) -> Population:
         alpha=float(meta["alpha"]) if meta.get("alpha") else None,
         source=str(path),
     )
+    if meta.get("known"):  # a factbase keeps the people whom training does not know after the others
+        population = population.head(int(meta["known"]))
     if meta and meta["fingerprint"] != population.fingerprint():
         raise ToolmemError(
             f"people: {path} is a factbase whose people were changed after it was built (the "
@@ -109,6 +111,12 @@ def _checked(columns: Columns, path: str | Path) -> Columns:
         raise ToolmemError(f"people: {path} has no column 'name' (columns: {there}); add or rename one")
     if len(columns) < 2:
         raise ToolmemError(f"people: {path} has only names; add at least one column of facts")
+    for key in columns:
+        if " FOR " in key:
+            raise ToolmemError(
+                f"people: {path}: column name {key!r} holds ' FOR ', which a query reads as the end of "
+                "the column's name; rename it"
+            )
     if not columns["name"]:
         raise ToolmemError(f"people: {path} has no rows; at least one person is needed")
     for key in columns:

@@ -1,0 +1,74 @@
+"""JSONL files of prompts, and output files that are gone on with where a process was killed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from toolmem.errors import ToolmemError
+
+
+def read_prompts(path: Path, field: str = "prompt") -> list[str]:
+    """The text of every row.
+
+    Args:
+        path: a JSONL file, one object a line.
+        field: the key that holds the text.
+
+    Raises:
+        ToolmemError: naming file and line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError as error:
+        raise ToolmemError(f'{path} does not exist: give a JSONL file of {{"{field}": "..."}}') from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ToolmemError(f"{path} cannot be read as UTF-8 text: {error}") from error
+    texts: list[str] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ToolmemError(f"{path}, line {number}: not JSON ({error.msg})") from error
+        if not isinstance(value, dict) or not isinstance(value.get(field), str):
+            raise ToolmemError(f'{path}, line {number}: expected {{"{field}": "..."}}')
+        texts.append(value[field])
+    if not texts:
+        raise ToolmemError(f"{path} holds no {field}")
+    return texts
+
+
+def completed_rows(path: Path, texts: list[str], field: str = "prompt") -> int:
+    """How many rows of an output file are whole; a line that a killed process left is cut off.
+
+    Args:
+        path: the output file; 0 when it does not exist.
+        texts: what the rows must answer, in order.
+        field: the key that holds the text.
+
+    Raises:
+        ToolmemError: when the file answers something else.
+    """
+    if not path.exists():
+        return 0
+    if not path.is_file():
+        raise ToolmemError(f"{path} is not a file: name another --out")
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    rows = whole.decode("utf-8", "replace").splitlines()
+    for number, line in enumerate(rows, start=1):
+        try:
+            found = json.loads(line).get(field)
+        except (json.JSONDecodeError, AttributeError):
+            found = None
+        if number > len(texts) or found != texts[number - 1]:
+            raise ToolmemError(
+                f"{path}, line {number} is not the answer to {field} {number} of the input: it belongs "
+                "to another call; move it away, or name another --out"
+            )
+    if len(whole) != len(data):
+        with open(path, "r+b") as stream:
+            stream.truncate(len(whole))
+    return len(rows)

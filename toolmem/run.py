@@ -1,0 +1,184 @@
+"""A trained run in three lines: load it, ask it, look at what it said.
+
+    run = toolmem.load("runs/demo/in_tool")
+    reply = run.ask("When was Ann Smith born?")
+    print(reply.answer)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from toolmem import checkpoints
+from toolmem.checkpoints import LoadedCheckpoint
+from toolmem.data.factbase import Factbase
+from toolmem.data.text.token_table import prompt_tokens
+from toolmem.errors import ToolmemError
+from toolmem.generation import Generated, Sampler, generate, stream
+from toolmem.generation.turns import split_turns
+from toolmem.tools import Calculator, SqlTool, Toolbox
+
+if TYPE_CHECKING:
+    import torch
+
+FACTBASE = "facts.duckdb"
+
+
+class Reply(NamedTuple):
+    """What a model said to a question.
+
+    Args:
+        answer: its last turn.
+        dialogue: (role, text) of every turn, the question, queries and tool answers among them.
+    """
+
+    answer: str
+    dialogue: list[tuple[str, str]]
+
+
+class Run:
+    """A trained model with its tokenizer and, when it asks a database, its tools.
+
+    Args:
+        checkpoint: the model, rebuilt.
+        factbase: the DuckDB file that its queries go to; None when there is none.
+    """
+
+    def __init__(self, checkpoint: LoadedCheckpoint, factbase: Path | None) -> None:
+        self.checkpoint = checkpoint
+        self.model = checkpoint.model
+        self.tokenizer = checkpoint.tokenizer
+        self.factbase = factbase
+        self._toolbox: Toolbox | None = None
+
+    @property
+    def toolbox(self) -> Toolbox | None:
+        """The tools that the model was trained with: None for an in-weight model.
+
+        Raises:
+            ToolmemError: when it needs a factbase and there is none.
+        """
+        if self.checkpoint.data.get("setting") != "in_tool":
+            return None
+        if self._toolbox is None:
+            if self.factbase is None:
+                raise ToolmemError(
+                    f"{self.checkpoint.path} asks a database, and its run's folder has no {FACTBASE}: "
+                    "name one by --factbase FILE, or build it with `toolmem facts build`"
+                )
+            self._toolbox = Toolbox([SqlTool(self.factbase), Calculator()])
+        return self._toolbox
+
+    def prompt(self, question: str) -> list[int]:
+        """A question's tokens, up to where the assistant begins to speak."""
+        if not self.tokenizer.role_ids:
+            raise ToolmemError(f"{self.checkpoint.path} was not trained on dialogues: it takes no question")
+        return prompt_tokens(question, self.tokenizer)
+
+    def ask(
+        self, question: str, *, sampler: Sampler | None = None, max_new_tokens: int = 256, seed: int = 0
+    ) -> Reply:
+        """Ask one question.
+
+        Args:
+            question: what the user says.
+            sampler: how tokens are chosen; greedily when None.
+            max_new_tokens: tokens that the model may write.
+            seed: of its samples.
+
+        Returns:
+            the answer and the whole dialogue.
+        """
+        [generated] = self.ask_many(
+            [question], sampler=sampler, max_new_tokens=max_new_tokens, seed=seed
+        )
+        return self.reply(generated)
+
+    def ask_many(
+        self,
+        questions: Sequence[str],
+        *,
+        sampler: Sampler | None = None,
+        max_new_tokens: int = 256,
+        seed: int | Sequence[int] = 0,
+    ) -> list[Generated]:
+        """Ask many questions at once; arguments as `ask`. `reply` makes each readable."""
+        return generate(
+            self.model,
+            self.tokenizer,
+            [self.prompt(question) for question in questions],
+            toolbox=self.toolbox,
+            max_new_tokens=max_new_tokens,
+            sampler=sampler,
+            seed=seed,
+        )
+
+    def reply(self, generated: Generated) -> Reply:
+        """A generated dialogue as text."""
+        turns = split_turns(generated.tokens, self.tokenizer)
+        return Reply(turns[-1][1] if turns else "", turns)
+
+    def stream(
+        self, question: str, *, sampler: Sampler | None = None, max_new_tokens: int = 256, seed: int = 0
+    ) -> Iterator[tuple[int, int]]:
+        """(token, role code) as they come, after the prompt; arguments as `ask`."""
+        for event in stream(
+            self.model,
+            self.tokenizer,
+            self.prompt(question),
+            toolbox=self.toolbox,
+            max_new_tokens=max_new_tokens,
+            sampler=sampler,
+            seed=seed,
+        ):
+            yield event.token, event.role
+
+
+def load(
+    path: str | Path,
+    *,
+    factbase: str | Path | None = None,
+    allow_other_factbase: bool = False,
+    device: torch.device | str = "cpu",
+) -> Run:
+    """Load a trained run.
+
+    Args:
+        path: a run's folder, or a checkpoint file.
+        factbase: where queries go; ``facts.duckdb`` in the run's folder when None.
+        allow_other_factbase: accept one whose facts are not those of training.
+        device: where to put the model.
+
+    Raises:
+        ToolmemError: no or a damaged checkpoint, or a factbase that is missing or another one.
+    """
+    checkpoint = checkpoints.load(path, device)
+    if factbase is None:
+        beside = checkpoints.run_folder(path) / FACTBASE
+        return Run(checkpoint, beside if _matches(checkpoint, beside) else None)
+    file = Path(factbase)
+    trained = (checkpoint.data.get("factbase") or {}).get("fingerprint")
+    with Factbase.open(file) as opened:
+        found = opened.fingerprint
+    if trained is not None and found != trained and not allow_other_factbase:
+        raise ToolmemError(
+            f"{file} holds other facts (fingerprint {found[:12]}) than {checkpoint.path} was trained on "
+            f"({trained[:12]}): use the run's own {FACTBASE}, or pass --allow_other_factbase true"
+        )
+    return Run(checkpoint, file)
+
+
+def _matches(checkpoint: LoadedCheckpoint, file: Path) -> bool:
+    if not file.is_file():
+        return False
+    trained = (checkpoint.data.get("factbase") or {}).get("fingerprint")
+    with Factbase.open(file) as opened:
+        found = opened.fingerprint
+    if trained is not None and found != trained:
+        raise ToolmemError(
+            f"{file} holds other facts (fingerprint {found[:12]}) than {checkpoint.path} was trained on "
+            f"({trained[:12]}): build it again as it was, or name another by --factbase FILE"
+        )
+    return True
