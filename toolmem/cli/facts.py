@@ -32,6 +32,7 @@ def build(
         f"{out}: {len(population):,} people, {population.n_facts:,} facts, "
         f"fingerprint {fingerprint[:12]}",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
 
@@ -58,6 +59,7 @@ def show(path: str, rows: int = 5) -> None:
         rows: how many people to show.
     """
     from rich.table import Table
+    from rich.text import Text
 
     from toolmem.data.factbase import Factbase
     from toolmem.data.information import information_bits
@@ -68,11 +70,11 @@ def show(path: str, rows: int = 5) -> None:
         attributes = factbase.attributes
         population = factbase.population()
     information = information_bits(population)
-    table = Table(title=f"{path}: {len(population):,} people")
+    table = Table(title=Text(f"{path}: {len(population):,} people"))
     for column in ("name", *attributes):
-        table.add_column(column)
+        table.add_column(Text(column))
     for row in first:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # a value is shown as it is, never read as markup
     stdout().print(table)
     made = ", ".join(f"{key} {meta[key]}" for key in ("kind", "seed", "alpha") if key in meta)
     bits = ", ".join(f"{key} {value:,.0f}" for key, value in information.attributes.items())

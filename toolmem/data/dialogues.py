@@ -110,7 +110,9 @@ class TemplateSet:
             ToolmemError: no such set, or a file that is not a template (naming file and line).
         """
         if query not in LANGUAGES:
-            raise ToolmemError(f"query: {query!r} is no query language; use {' or '.join(LANGUAGES)}")
+            raise ToolmemError(
+                f"query: {query!r} is no query language; use {' or '.join(LANGUAGES)}"
+            )
         folder = BUILTIN / name
         builtin = str(name) not in ("", ".") and not Path(name).is_absolute() and folder.is_dir()
         if not builtin:
@@ -125,7 +127,11 @@ class TemplateSet:
             if setting not in both:
                 raise ToolmemError(
                     f"templates: no .jinja files in {name}"
-                    + (f"; it has {' and '.join(f'{name}/{part}' for part in both)}" if both else "")
+                    + (
+                        f"; it has {' and '.join(f'{name}/{part}' for part in both)}"
+                        if both
+                        else ""
+                    )
                     + "; a template is named after what it asks: birth_date.jinja"
                 )
             folder, name = folder / str(setting), f"{name}/{setting}"

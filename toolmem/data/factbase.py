@@ -94,12 +94,13 @@ class Factbase:
 
     def _read_meta(self) -> dict[str, str]:
         tables = {
-            str(row[0])
-            for row in self._rows("SELECT table_name FROM information_schema.tables")
+            str(row[0]) for row in self._rows("SELECT table_name FROM information_schema.tables")
         }
         meta = {}
         if tables >= {"people", "meta"}:
-            meta = {str(key): str(value) for key, value in self._rows("SELECT key, value FROM meta")}
+            meta = {
+                str(key): str(value) for key, value in self._rows("SELECT key, value FROM meta")
+            }
         if "fingerprint" not in meta:
             self.close()
             raise ToolmemError(

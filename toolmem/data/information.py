@@ -34,8 +34,8 @@ class Information:
 
     Args:
         attributes: attribute -> bits of all people's values, given their names.
-        names: bits of which names occur at all, log2 of the number of sets of names; 0 for a table,
-            whose names come from no known list.
+        names: bits of which names there are: log2 of the number of sets of as many names out of all
+            169,556; 0 for a table, whose names come from no known list.
     """
 
     attributes: dict[str, float]
@@ -101,13 +101,15 @@ def attribute_bits(groups: list[str], values: list[str], n_values: int, alpha: f
     seen: dict[str, list[int]] = {}
     for (group, _), count in Counter(zip(groups, values, strict=True)).items():
         seen.setdefault(group, []).append(count)
-    with np.errstate(divide="ignore"):
-        log_own, log_fixed = np.log(alpha / n_values), np.log(alpha / n_values + 1.0 - alpha)
+    log_own = log(alpha / n_values) if alpha else -np.inf
+    log_fixed = log(alpha / n_values + 1.0 - alpha)
     nats = 0.0
     for group, size in sizes.items():
         counts = np.array(seen[group])
         # the fixed value is one of those seen, or (equally good, each) one of those not seen
-        terms = [counts * log_fixed + np.where(counts < size, (size - counts) * log_own, 0.0)]
+        others = size - counts
+        own = np.multiply(others, log_own, out=np.zeros(len(counts)), where=others > 0)
+        terms = [counts * log_fixed + own]
         if n_values > len(counts):
             terms.append(np.array([log(n_values - len(counts)) + size * log_own]))
         nats += log(n_values) - np.logaddexp.reduce(np.concatenate(terms))

@@ -34,9 +34,7 @@ MAX_PEOPLE = N_FIRST * N_LAST  # 169,556
 MAX_PEOPLE_WITH_UNSEEN = (N_FIRST - RESERVED_FIRST) * (N_LAST - RESERVED_LAST)  # 137,157
 MAX_UNSEEN = RESERVED_FIRST * RESERVED_LAST  # 1,716
 
-MONTHS = (
-    "January February March April May June July August September October November December"
-).split()
+MONTHS = ["January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December"]
 FIRST_YEAR, LAST_YEAR = 1950, 2000
 
 
@@ -172,7 +170,8 @@ def _facts(pairs: np.ndarray, seed: int, alpha: float) -> dict[str, list[str]]:
 
 def _friends(names: list[str], seed: int) -> list[str]:
     """Each person's friend: one of the 64 people before (of the second person, the first; and of the
-    first, the second), so that a prefix of the population is closed under friendship."""
+    first, the second), so that a prefix of the population is closed under friendship.
+    """
     if len(names) < 2:
         raise ToolmemError("relations: one person alone has no friend; ask for 2 people or more")
     row = np.arange(len(names))
@@ -183,9 +182,7 @@ def _friends(names: list[str], seed: int) -> list[str]:
     return [names[index] for index in friend.tolist()]
 
 
-def _build(
-    pairs: np.ndarray, seed: int, alpha: float, relations: bool, kind: str
-) -> Population:
+def _build(pairs: np.ndarray, seed: int, alpha: float, relations: bool, kind: str) -> Population:
     first, last = words("first_names"), words("last_names")
     names = [f"{first[pair // N_LAST]} {last[pair % N_LAST]}" for pair in pairs.tolist()]
     attributes = _facts(pairs, seed, alpha)

@@ -283,9 +283,7 @@ class Block:
         self._cast = cast
         self.rows = cast.rows[""]
         self.columns: dict[str, Column] = {}
-        self.turns = tuple(
-            self._turn(number, language) for number in range(len(template.turns))
-        )
+        self.turns = tuple(self._turn(number, language) for number in range(len(template.turns)))
         self._answer = self._find_answer()
         self.attribute = self._answer.rpartition(".")[2] if template.permuted else template.name
 

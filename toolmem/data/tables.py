@@ -38,7 +38,9 @@ def load_population(path: str | Path) -> Population:
         alpha=float(meta["alpha"]) if meta.get("alpha") else None,
         source=str(path),
     )
-    if meta.get("known"):  # a factbase keeps the people whom training does not know after the others
+    if meta.get(
+        "known"
+    ):  # a factbase keeps the people whom training does not know after the others
         population = population.head(int(meta["known"]))
     if meta and meta["fingerprint"] != population.fingerprint():
         raise ToolmemError(
@@ -63,7 +65,9 @@ def read_table(path: str | Path) -> tuple[Columns, dict[str, str]]:
     file = Path(path)
     if not file.is_file():
         kind = "is a folder" if file.is_dir() else "does not exist"
-        raise ToolmemError(f"people: {path} {kind}; give a number of people, or a table ({READABLE})")
+        raise ToolmemError(
+            f"people: {path} {kind}; give a number of people, or a table ({READABLE})"
+        )
     ending = file.suffix.lower()
     readers = {
         ".csv": _read_csv,
@@ -79,7 +83,9 @@ def read_table(path: str | Path) -> tuple[Columns, dict[str, str]]:
     try:
         columns, meta = readers[ending](file)
     except UnicodeDecodeError as error:
-        raise ToolmemError(f"people: {path} is not UTF-8 text: {error.reason}; convert it") from error
+        raise ToolmemError(
+            f"people: {path} is not UTF-8 text: {error.reason}; convert it"
+        ) from error
     except OSError as error:
         raise ToolmemError(f"people: {path} cannot be read: {error.strerror}") from error
     return _checked(columns, path), meta
@@ -108,7 +114,9 @@ def _check_unique(names: list[str], path: Path) -> None:
 def _checked(columns: Columns, path: str | Path) -> Columns:
     if "name" not in columns:
         there = ", ".join(columns) or "none"
-        raise ToolmemError(f"people: {path} has no column 'name' (columns: {there}); add or rename one")
+        raise ToolmemError(
+            f"people: {path} has no column 'name' (columns: {there}); add or rename one"
+        )
     if len(columns) < 2:
         raise ToolmemError(f"people: {path} has only names; add at least one column of facts")
     for key in columns:
@@ -214,8 +222,7 @@ def _read_parquet(path: Path) -> tuple[Columns, dict[str, str]]:
         raise ToolmemError(f"people: {path} is not a whole Parquet file: {error}") from error
     _check_unique(table.column_names, path)
     return {
-        key: [_text(value) for value in table.column(key).to_pylist()]
-        for key in table.column_names
+        key: [_text(value) for value in table.column(key).to_pylist()] for key in table.column_names
     }, {}
 
 

@@ -178,9 +178,7 @@ def _read_variant(path: Path, name: str, lines: list[tuple[int, str]]) -> list[T
             f"permute at most {MAX_PERMUTED}"
         )
     return [
-        replace(
-            template, turns=(*sources[:-1], replace(last, text=" ".join(order))), permuted=True
-        )
+        replace(template, turns=(*sources[:-1], replace(last, text=" ".join(order))), permuted=True)
         for order in permutations(sentences)
     ]
 
@@ -207,7 +205,9 @@ def _check_turns(template: Template) -> None:
             environment().parse(turn.text)
         except TemplateSyntaxError as error:
             where = template.where(turn, error.lineno)
-            raise ToolmemError(f"templates: {where}: not a Jinja template: {error.message}") from error
+            raise ToolmemError(
+                f"templates: {where}: not a Jinja template: {error.message}"
+            ) from error
         before = turn.role
     if before != "assistant":
         raise ToolmemError(f"templates: {template.where()}: the last turn must be the assistant's")
