@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from toolmem.cli.functions import call
 from toolmem.console import stderr, stdout
@@ -18,7 +19,7 @@ def build(
     """Write people and their facts as one DuckDB file.
 
     Args:
-        people: how many to make up, or the path of a table of your own (CSV, Parquet, JSONL, DuckDB).
+        people: how many to make up, or the path of your own table (CSV, Parquet, JSONL, DuckDB).
         out: the file to write.
         seed: which people are made up.
         alpha: how independent attributes are, from 0 (fixed by the last name) to 1.
@@ -87,7 +88,7 @@ def show(path: str, rows: int = 5) -> None:
         stdout().print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-COMMANDS = {
+COMMANDS: dict[str, tuple[Callable[..., Any], tuple[str, ...], str]] = {
     "build": (build, (), "toolmem facts build --people 1000 --out facts.duckdb"),
     "show": (show, ("path",), "toolmem facts show facts.duckdb"),
 }

@@ -1,7 +1,7 @@
-"""Facts told as dialogues: a template set and a population make questions; questions make dialogues.
+"""Facts told as dialogues: template set + population = questions; a question = one dialogue.
 
-A template set is a folder of Jinja files (``template_files.py`` says how one is written). Told about
-a population it gives a `QuestionTable`: every dialogue that the set can tell, addressed by number,
+A template set is a folder of Jinja files (``template_files.py`` says how one is written). With a
+population it gives a `QuestionTable`: every dialogue that the set can tell, addressed by number,
 whatever its shape (one person and one attribute, two hops, two calls). Everything downstream
 (tokenising all of them, sampling some) treats all sets alike:
 
@@ -26,8 +26,8 @@ question ``q = i - block.start`` of its block:
 Within one table equal ``Column.key`` means the same ``values`` list, so it is encoded once and then
 gathered by ``index``. Concatenating a turn's segments gives exactly the text that Jinja renders (a
 test holds this for every built-in set). A template that uses more of Jinja than plain fields and
-``query(...)`` is rendered when the table is built, and appears as turns of one `Field` each: nothing
-downstream needs to know.
+``query(...)`` is rendered when the table is built, and appears as turns of one `Field` each:
+nothing downstream needs to know.
 """
 
 from __future__ import annotations
@@ -39,18 +39,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from toolmem.data.cast import Column, Facts, choose_variants
 from toolmem.data.people import Population
 from toolmem.data.queries import LANGUAGES, QueryLanguage
 from toolmem.data.questions import (
     Block,
-    Column,
     Dialogue,
-    Facts,
     QuestionTable,
     Turn,
-    choose_variants,
 )
-from toolmem.data.template_fields import Field, TurnSegments, UnknownField
+from toolmem.data.template_fields import Field, TurnSegments, UnknownFieldError
 from toolmem.data.template_files import Template, read_template_file
 from toolmem.errors import ToolmemError
 
@@ -200,8 +198,8 @@ class TemplateSet:
             names = {template.name for template in chosen}
             if missing := [attribute for attribute in wanted if attribute not in names]:
                 raise ToolmemError(
-                    f"attributes: the set {self.name} does not ask for {', '.join(missing)}; it asks "
-                    f"for {', '.join(sorted(names))}"
+                    f"attributes: the set {self.name} does not ask for {', '.join(missing)}; it "
+                    f"asks for {', '.join(sorted(names))}"
                 )
             chosen = [template for template in chosen if template.name in wanted]
         groups: dict[str, int] = {}
@@ -232,7 +230,7 @@ class TemplateSet:
         for template in self.templates:
             try:
                 facts.check(template)
-            except UnknownField as error:
+            except UnknownFieldError as error:
                 # A set of one's own must fit; a built-in one serves any table as far as it can.
                 if not self.builtin:
                     raise

@@ -1,7 +1,9 @@
 """A population as one DuckDB file: what the database tool answers from.
 
-Table ``people`` has a column ``name`` and one for each attribute, all text, indexed by name. Table
-``meta`` (key, value) says what it is: schema version, fingerprint of the contents, kind, seed, alpha.
+Table ``people`` has a column ``name`` and one for each attribute, all text, indexed by name.
+Table ``meta`` (key, value) says what it is: schema version, fingerprint, kind, seed, alpha.
+People whom training does not know may lie in the same table after the others, so that a model can
+ask about them; ``known`` then says how many rows come before. The fingerprint is of the known people.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolmem.data.people import Population
 from toolmem.data.queries import identifier
+from toolmem.data.tables import attach_duckdb, load_population
 from toolmem.errors import ToolmemError
 from toolmem.files import atomic_path
 
@@ -20,12 +23,15 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = "1"
 
 
-def build_factbase(population: Population, path: str | Path) -> str:
+def build_factbase(
+    population: Population, path: str | Path, *, unseen: Population | None = None
+) -> str:
     """Write a population as a DuckDB file, in one step: whole or not at all.
 
     Args:
         population: the people.
         path: the file; one that is there is replaced.
+        unseen: people whom training does not know, with the same columns.
 
     Returns:
         The population's fingerprint.
@@ -41,7 +47,11 @@ def build_factbase(population: Population, path: str | Path) -> str:
     for key, value in (("seed", population.seed), ("alpha", population.alpha)):
         if value is not None:
             meta[key] = str(value)
-    table = pa.table({"name": population.names, **population.attributes})
+    columns = {"name": population.names, **population.attributes}
+    if unseen is not None:
+        meta["known"] = str(len(population))
+        columns = {key: values + unseen.column(key) for key, values in columns.items()}
+    table = pa.table(columns)
     with atomic_path(path) as temporary:
         try:
             with duckdb.connect(str(temporary)) as connection:
@@ -85,7 +95,7 @@ class Factbase:
                 f"`toolmem facts build --people N --out {path}`"
             )
         try:
-            return cls(file, duckdb.connect(str(file), read_only=True))
+            return cls(file, attach_duckdb(file))
         except duckdb.Error as error:
             raise ToolmemError(
                 f"factbase: {path} cannot be opened, it is no whole DuckDB file or another process "
@@ -94,7 +104,10 @@ class Factbase:
 
     def _read_meta(self) -> dict[str, str]:
         tables = {
-            str(row[0]) for row in self._rows("SELECT table_name FROM information_schema.tables")
+            str(row[0])
+            for row in self._rows(
+                "SELECT table_name FROM duckdb_tables() WHERE database_name = 'facts'"
+            )
         }
         meta = {}
         if tables >= {"people", "meta"}:
@@ -104,8 +117,9 @@ class Factbase:
         if "fingerprint" not in meta:
             self.close()
             raise ToolmemError(
-                f"factbase: {self.path} is a DuckDB file but no factbase (no fingerprint in it); build "
-                f"one from its table with `toolmem facts build --people {self.path} --out OTHER`"
+                f"factbase: {self.path} is a DuckDB file but no factbase (no fingerprint in it); "
+                "build one from its table with "
+                f"`toolmem facts build --people {self.path} --out OTHER`"
             )
         if meta.get("schema_version") != SCHEMA_VERSION:
             self.close()
@@ -130,17 +144,24 @@ class Factbase:
         return tuple(str(column[0]) for column in columns if column[0] != "name")
 
     def __len__(self) -> int:
-        return int(self._rows("SELECT count(*) FROM people")[0][0])
+        return int(self.meta.get("known") or self._rows("SELECT count(*) FROM people")[0][0])
 
     def population(self) -> Population:
-        """All people, in the order in which they were written.
+        """The known people, in the order in which they were written.
 
         Raises:
             ToolmemError: when the contents no longer have the fingerprint.
         """
-        from toolmem.data.tables import load_population
-
         return load_population(self.path)
+
+    def unseen_population(self) -> Population | None:
+        """The people whom training does not know; None when there are none."""
+        if "known" not in self.meta:
+            return None
+        columns = ", ".join(identifier(key) for key in ("name", *self.attributes))
+        rows = self._rows(f"SELECT {columns} FROM people OFFSET {len(self)}")
+        names, *values = ([str(row[i]) for row in rows] for i in range(len(self.attributes) + 1))
+        return Population(names, dict(zip(self.attributes, values, strict=True)), kind="unseen")
 
     def head(self, n: int) -> list[tuple[str, ...]]:
         """The first ``n`` rows: name, then the attributes."""

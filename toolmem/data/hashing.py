@@ -33,5 +33,5 @@ def choice(seed: int, purpose: str, index: np.ndarray, n: int) -> np.ndarray:
 
 
 def shuffled(seed: int, purpose: str, values: np.ndarray) -> np.ndarray:
-    """The integers ``values`` (n,) in random order; an integer's place depends on its value alone."""
+    """The integers ``values`` (n,) in random order, each sorted by a hash of itself."""
     return values[np.argsort(uniform(seed, purpose, values), kind="stable")]

@@ -7,8 +7,8 @@ people of one last name, of whom c_v have value v, the facts have probability
 
     p = sum_v 1/V * (alpha/V + 1 - alpha)^c_v * (alpha/V)^(n - c_v)
 
-and cost -log2 p bits. At alpha 1 that is n log2 V: every person counts. At alpha 0 it is log2 V: every
-last name counts once. Capacity is bits per parameter (arXiv 2404.05405, section 3).
+and cost -log2 p bits. At alpha 1 that is n log2 V: every person counts. At alpha 0 it is log2 V:
+every last name counts once. Capacity is bits per parameter (arXiv 2404.05405, section 3).
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class Information:
 def information_bits(population: Population) -> Information:
     """The exact code length of a population, given its schema.
 
-    A synthetic population's schema is the word lists, its alpha, and how friends are drawn. A table's
-    is what each column shows: its distinct values, taken as equally likely and independent.
+    A synthetic population's schema is the word lists, its alpha, and how friends are drawn. A
+    table's is what each column shows: its distinct values, taken as equally likely and independent.
 
     Args:
         population: the people.

@@ -1,4 +1,4 @@
-"""Synthetic people: unique names and four attributes each, made by hashing, so a prefix never changes.
+"""Synthetic people: unique names and four attributes each, made by hashing: prefixes never change.
 
     people(64)  ==  people(4096)[:64]             the same seed and alpha
     a person's facts depend on seed, alpha and the person's name alone
@@ -15,7 +15,7 @@ same one for every training size.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -34,7 +34,10 @@ MAX_PEOPLE = N_FIRST * N_LAST  # 169,556
 MAX_PEOPLE_WITH_UNSEEN = (N_FIRST - RESERVED_FIRST) * (N_LAST - RESERVED_LAST)  # 137,157
 MAX_UNSEEN = RESERVED_FIRST * RESERVED_LAST  # 1,716
 
-MONTHS = ["January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December"]
+MONTHS = (
+    *("January", "February", "March", "April", "May", "June"),
+    *("July", "August", "September", "October", "November", "December"),
+)
 FIRST_YEAR, LAST_YEAR = 1950, 2000
 
 
@@ -56,7 +59,7 @@ class Population:
     kind: str = "table"
     seed: int | None = None
     alpha: float | None = None
-    source: str | None = None
+    source: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         for attribute, values in self.attributes.items():
@@ -94,7 +97,7 @@ class Population:
         )
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over the columns and all texts in order: equal exactly for equal contents."""
+        """SHA-256 (hex) over the columns and all texts in order: equal for equal contents."""
         digest = hashlib.sha256()
         for key in ("name", *self.attributes):
             # Texts hold no control characters, so the separators cannot be imitated.
@@ -169,8 +172,9 @@ def _facts(pairs: np.ndarray, seed: int, alpha: float) -> dict[str, list[str]]:
 
 
 def _friends(names: list[str], seed: int) -> list[str]:
-    """Each person's friend: one of the 64 people before (of the second person, the first; and of the
-    first, the second), so that a prefix of the population is closed under friendship.
+    """Each person's friend: one of the 64 people before; the first person's is the second.
+
+    So a prefix of the population is closed under friendship.
     """
     if len(names) < 2:
         raise ToolmemError("relations: one person alone has no friend; ask for 2 people or more")
@@ -194,7 +198,7 @@ def _build(pairs: np.ndarray, seed: int, alpha: float, relations: bool, kind: st
 def _check(alpha: float) -> None:
     if not 0.0 <= alpha <= 1.0:
         raise ToolmemError(
-            f"alpha: {alpha} is not between 0 (everybody of a last name is alike) and 1 (independent)"
+            f"alpha: {alpha} is not between 0 (all of a last name are alike) and 1 (independent)"
         )
 
 
@@ -283,8 +287,8 @@ def _unseen_of_table(n: int, training: Population, seed: int) -> Population:
     )
     if n > len(first) * len(last):
         raise ToolmemError(
-            f"unseen_people: {n:,} people cannot be named: the word lists have {len(first)} first and "
-            f"{len(last)} last names that occur in no name of the table; ask for fewer"
+            f"unseen_people: {n:,} people cannot be named: the word lists have {len(first)} first "
+            f"and {len(last)} last names that occur in no name of the table; ask for fewer"
         )
     pairs = shuffled(seed, "unseen people", _pairs(first, last))[:n]
     names = _build(pairs, seed, 1.0, False, "unseen").names

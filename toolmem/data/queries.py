@@ -5,7 +5,7 @@
 | ``short`` | ``FIND birth_date FOR Ann Smith`` |
 | ``sql`` | ``SELECT birth_date FROM people WHERE name = 'Ann Smith'`` |
 
-A search the other way round (who was born then and lives there?) has no short form: it is SQL in both.
+A search the other way round (who was born then and lives there?) has no short form: SQL in both.
 """
 
 from __future__ import annotations
@@ -16,9 +16,19 @@ from typing import Literal, get_args
 QueryLanguage = Literal["short", "sql"]
 LANGUAGES: tuple[str, ...] = get_args(QueryLanguage)
 
-# What cannot stand as a bare column name (duckdb_keywords(), categories reserved and type_function).
+# What cannot stand as a bare column name: duckdb_keywords(), categories reserved and type_function.
 _RESERVED = frozenset(
-    ["all", "analyse", "analyze", "and", "anti", "any", "array", "as", "asc", "asof", "asymmetric", "at", "authorization", "binary", "both", "by", "case", "cast", "check", "collate", "collation", "column", "columns", "concurrently", "constraint", "create", "cross", "default", "deferrable", "desc", "describe", "distinct", "do", "else", "end", "except", "false", "fetch", "for", "foreign", "freeze", "from", "full", "generated", "glob", "group", "having", "ilike", "in", "initially", "inner", "intersect", "into", "is", "isnull", "join", "lambda", "lateral", "leading", "left", "like", "limit", "map", "natural", "not", "notnull", "null", "offset", "on", "only", "or", "order", "outer", "overlaps", "pivot", "pivot_longer", "pivot_wider", "placing", "positional", "primary", "qualify", "references", "returning", "right", "select", "semi", "show", "similar", "some", "struct", "summarize", "symmetric", "table", "tablesample", "then", "to", "trailing", "true", "try_cast", "tuple", "union", "unique", "unpack", "unpivot", "using", "variadic", "verbose", "when", "where", "window", "with"]
+    """
+    all analyse analyze and anti any array as asc asof asymmetric at authorization binary
+    both by case cast check collate collation column columns concurrently constraint create
+    cross default deferrable desc describe distinct do else end except false fetch for
+    foreign freeze from full generated glob group having ilike in initially inner intersect
+    into is isnull join lambda lateral leading left like limit map natural not notnull null
+    offset on only or order outer overlaps pivot pivot_longer pivot_wider placing positional
+    primary qualify references returning right select semi show similar some struct
+    summarize symmetric table tablesample then to trailing true try_cast tuple union unique
+    unpack unpivot using variadic verbose when where window with
+    """.split()  # noqa: SIM905 (one word a line would be a page)
 )
 
 

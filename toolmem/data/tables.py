@@ -6,10 +6,14 @@ import csv
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from toolmem.data.people import Population
+from toolmem.data.queries import escape
 from toolmem.errors import ToolmemError
+
+if TYPE_CHECKING:
+    import duckdb
 
 READABLE = ".csv, .tsv, .jsonl, .parquet, .duckdb or .db"
 # C0 and C1 controls (NUL, tab and line ends among them) and the Unicode line separators: one would
@@ -38,9 +42,7 @@ def load_population(path: str | Path) -> Population:
         alpha=float(meta["alpha"]) if meta.get("alpha") else None,
         source=str(path),
     )
-    if meta.get(
-        "known"
-    ):  # a factbase keeps the people whom training does not know after the others
+    if meta.get("known"):  # people whom training does not know come after the others
         population = population.head(int(meta["known"]))
     if meta and meta["fingerprint"] != population.fingerprint():
         raise ToolmemError(
@@ -105,8 +107,8 @@ def _check_unique(names: list[str], path: Path) -> None:
     for name in names:
         if name.casefold() in seen:
             raise ToolmemError(
-                f"people: {path}: two columns are named '{name}' (upper and lower case are the same "
-                "in a query); rename one"
+                f"people: {path}: two columns are named '{name}' (upper and lower case are "
+                "the same in a query); rename one"
             )
         seen.add(name.casefold())
 
@@ -122,8 +124,8 @@ def _checked(columns: Columns, path: str | Path) -> Columns:
     for key in columns:
         if " FOR " in key:
             raise ToolmemError(
-                f"people: {path}: column name {key!r} holds ' FOR ', which a query reads as the end of "
-                "the column's name; rename it"
+                f"people: {path}: column name {key!r} holds ' FOR ', which a query reads as the "
+                "end of the column's name; rename it"
             )
     if not columns["name"]:
         raise ToolmemError(f"people: {path} has no rows; at least one person is needed")
@@ -139,15 +141,16 @@ def _checked(columns: Columns, path: str | Path) -> Columns:
             raise ToolmemError(f"people: {path}, row {row}: the name is empty; fill it in")
         if name in first_row:
             raise ToolmemError(
-                f"people: {path}, row {row}: the name {name!r} is in row {first_row[name]} already; "
-                "names must be unique"
+                f"people: {path}, row {row}: the name {name!r} is in row {first_row[name]} "
+                "already; names must be unique"
             )
         first_row[name] = row
     for key, values in columns.items():
         for row, value in enumerate(values, start=1):
             if not value:
                 raise ToolmemError(
-                    f"people: {path}, row {row}, column '{key}': no value; fill it in or drop the row"
+                    f"people: {path}, row {row}, column '{key}': no value; fill it in, or drop the "
+                    "row"
                 )
             if CONTROL.search(value):
                 raise ToolmemError(
@@ -171,8 +174,8 @@ def _read_csv(path: Path) -> tuple[Columns, dict[str, str]]:
                 number += 1
                 if len(row) != len(header):
                     raise ToolmemError(
-                        f"people: {path}, row {number} (line {rows.line_num}): {len(row)} values for "
-                        f"{len(header)} columns; quote values that hold a comma"
+                        f"people: {path}, row {number} (line {rows.line_num}): {len(row)} values "
+                        f"for {len(header)} columns; quote values that hold a comma"
                     )
                 for key, value in zip(header, row, strict=True):
                     columns[key].append(value.strip())
@@ -202,8 +205,8 @@ def _read_jsonl(path: Path) -> tuple[Columns, dict[str, str]]:
             if row.keys() != columns.keys():
                 odd = sorted(row.keys() ^ columns.keys())
                 raise ToolmemError(
-                    f"{where}: its keys differ from the first row's in {', '.join(odd)}; give every "
-                    "row the same keys"
+                    f"{where}: its keys differ from the first row's in {', '.join(odd)}; give "
+                    "every row the same keys"
                 )
             for key, value in row.items():
                 if isinstance(value, dict | list):
@@ -226,16 +229,35 @@ def _read_parquet(path: Path) -> tuple[Columns, dict[str, str]]:
     }, {}
 
 
+def attach_duckdb(path: Path) -> duckdb.DuckDBPyConnection:
+    """A connection of its own with a DuckDB file attached read-only as ``facts``, and used.
+
+    Attached instead of opened: DuckDB shares an opened file within a process, so that one replaced
+    meanwhile would be read as it was, and one opened otherwise refused.
+    """
+    import duckdb
+
+    connection = duckdb.connect(":memory:")
+    try:
+        connection.execute(f"ATTACH '{escape(str(path.resolve()))}' AS facts (READ_ONLY)")
+        connection.execute("USE facts")
+    except duckdb.Error:
+        connection.close()
+        raise
+    return connection
+
+
 def _read_duckdb(path: Path) -> tuple[Columns, dict[str, str]]:
     import duckdb
 
     try:
-        connection = duckdb.connect(str(path), read_only=True)
+        connection = attach_duckdb(path)
     except duckdb.Error as error:
         raise ToolmemError(f"people: {path} is not a whole DuckDB file: {error}") from error
     with connection:
         found = connection.execute(
-            "SELECT table_name FROM information_schema.tables WHERE table_schema = 'main'"
+            "SELECT table_name FROM duckdb_tables() WHERE database_name = 'facts' "
+            "AND schema_name = 'main'"
         ).fetchall()
         tables = [str(row[0]) for row in found]
         candidates = [table for table in tables if table != "meta"]

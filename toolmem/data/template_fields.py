@@ -1,4 +1,4 @@
-"""What a template says: its fields checked, its turns as segments (fast) or rendered by Jinja (slow)."""
+"""What a template says: fields checked, turns as segments (fast) or rendered by Jinja (slow)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class TurnSegments:
     segments: tuple[str | Field, ...]
 
 
-class UnknownField(ToolmemError):
+class UnknownFieldError(ToolmemError):
     """A template names a field that the population does not have."""
 
 
@@ -56,7 +56,7 @@ def check_fields(
         helpers: functions a template can call.
 
     Raises:
-        UnknownField: naming file, line and field.
+        UnknownFieldError: naming file, line and field.
     """
     constants = dict(template.constants)
     known = columns | people.keys() | helpers | constants.keys() | environment().globals.keys()
@@ -105,7 +105,7 @@ def _check_query(
 def _refuse(
     template: Template, turn: TurnSource, node: nodes.Node, field: str, fields: set[str]
 ) -> None:
-    raise UnknownField(
+    raise UnknownFieldError(
         f"templates: {template.where(turn, node.lineno)}: there is no field '{field}'; there are "
         f"{', '.join(sorted(fields))}"
     )

@@ -17,14 +17,14 @@ Directives: ``people`` says whom a question is about, and so which fields there 
 | ``people:`` | a question for | fields beside the person's own |
 |---|---|---|
 | ``each`` (default) | every person | |
-| a column of names | every person | ``COLUMN.name``, ``COLUMN.birth_place``, … of the person named |
+| a column of names | every person | ``COLUMN.name``, … of the person that it names |
 | ``unique COLUMN, COLUMN`` | everyone whom these values single out | |
-| ``older`` | pairs, the first born in an earlier year | ``other.name``, …, ``difference`` in years |
+| ``older`` | pairs, the first born in an earlier year | ``other.name``, …, ``difference`` (years) |
 
-``birth_year`` is the year in ``birth_date``. ``answer: FIELD`` is needed only where the last turn does
-not plainly end with a field. ``permute: sentences`` makes a variant of every order of the last turn's
-lines. A file ``default.jinja`` serves every column that has no file of its own; its fields are
-``attribute`` (the column), ``label`` (the same in words) and ``value``.
+``birth_year`` is the year in ``birth_date``. ``answer: FIELD`` is needed only where the last turn
+does not plainly end with a field. ``permute: sentences`` makes a variant of every order of the last
+turn's lines. A file ``default.jinja`` serves every column that has no file of its own; its fields
+are ``attribute`` (the column), ``label`` (the same in words) and ``value``.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Template:
         return any(turn.role == "database" for turn in self.turns)
 
     def bind(self, attribute: str) -> Template:
-        """This template of ``default.jinja``, for one column."""
+        """A template of ``default.jinja``, for one column."""
         label = attribute.replace("_", " ")
         constants = (("attribute", attribute), ("label", label), ("value", attribute))
         return replace(self, name=attribute, constants=constants)
@@ -149,8 +149,8 @@ def _read_variant(path: Path, name: str, lines: list[tuple[int, str]]) -> list[T
             directives[match[1]] = match[2]
         elif line.strip():
             raise ToolmemError(
-                f"templates: {path}, line {number}: {line.strip()!r} belongs to no turn; begin it with "
-                f"{', '.join(f'{role}:' for role in ROLES)} or one of "
+                f"templates: {path}, line {number}: {line.strip()!r} belongs to no turn; begin it "
+                f"with {', '.join(f'{role}:' for role in ROLES)} or one of "
                 f"{', '.join(f'{key}:' for key in DIRECTIVES)}"
             )
     sources = tuple(
