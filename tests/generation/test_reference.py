@@ -226,3 +226,18 @@ def test_refusals():
     with pytest.raises(ToolmemError, match="2 seeds for 1"):
         generate(model, Bytes(), [PROMPT], seed=[1, 2])
     assert generate(model, Bytes(), []) == []
+
+
+def test_roles_are_those_that_training_learned_from():
+    from toolmem.data.dialogues import Dialogue, Turn
+    from toolmem.data.text.token_table import encode_dialogue
+    from toolmem.data.tokenizers import ByteTokenizer
+
+    turns = (
+        Turn("user", "when?"),
+        Turn("assistant", "FIND x FOR y"),
+        Turn("database", "1987"),
+        Turn("assistant", "In 1987."),
+    )
+    tokens, roles = encode_dialogue(Dialogue(turns, "1987", "x", "y"), ByteTokenizer())
+    assert token_roles(tokens.tolist(), ByteTokenizer().role_ids) == roles.tolist()
