@@ -3,7 +3,7 @@
 Table ``people`` has a column ``name`` and one for each attribute, all text, indexed by name.
 Table ``meta`` (key, value) says what it is: schema version, fingerprint, kind, seed, alpha.
 People whom training does not know may lie in the same table after the others, so that a model can
-ask about them; ``known`` then says how many rows come before. The fingerprint is of the known people.
+ask about them; ``known`` then counts the rows before. The fingerprint is of the known people.
 """
 
 from __future__ import annotations
