@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from toolmem import checkpoints
 from toolmem.checkpoints import LoadedCheckpoint
+from toolmem.data.dialogues import Dialogue, TemplateSet
 from toolmem.data.factbase import Factbase
 from toolmem.data.text.token_table import prompt_tokens
 from toolmem.errors import ToolmemError
@@ -70,6 +71,32 @@ class Run:
                 )
             self._toolbox = Toolbox([SqlTool(self.factbase), Calculator()])
         return self._toolbox
+
+    def questions(self, split: str, n: int, seed: int = 0) -> list[Dialogue]:
+        """Up to ``n`` questions about people of the factbase, as it is now.
+
+        Args:
+            split: ``known`` (in training) or ``unseen``.
+            n: how many.
+            seed: which.
+
+        Raises:
+            ToolmemError: when the run was not trained on facts, or there is no factbase.
+        """
+        templates = self.checkpoint.data.get("templates")
+        if templates is None:
+            raise ToolmemError(f"{self.checkpoint.path} was not trained on facts: it has no questions")
+        if self.factbase is None:
+            raise ToolmemError(
+                f"the run of {self.checkpoint.path} has no {FACTBASE}: name one by --factbase FILE"
+            )
+        with Factbase.open(self.factbase) as factbase:
+            people = factbase.population() if split == "known" else factbase.unseen_population()
+        if people is None:
+            return []
+        first = templates[0]  # recall is asked by the first set's questions
+        table = TemplateSet.load(first["name"], first["query"]).questions(people)
+        return [table.dialogue(int(index)) for index in table.sample(n, seed=seed)]
 
     def prompt(self, question: str) -> list[int]:
         """A question's tokens, up to where the assistant begins to speak."""

@@ -7,7 +7,6 @@ own, so that two cores train two models at a time.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from toolmem.cli.functions import call
 from toolmem.console import dialogue_text, stderr, stdout
 from toolmem.errors import ToolmemError
-from toolmem.files import write_text
+from toolmem.files import write_json, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -103,7 +102,7 @@ def config(part: Part, runs: str, seed: int) -> dict[str, Any]:
             "accelerator": "cpu",
             "devices": 1,
         },
-        "recall": {"every_n_steps": None},
+        "recall": {"every_n_steps": 0},
     }
 
 
@@ -253,6 +252,137 @@ def examine(part: Part, folder: Path, questions: int, seconds: float) -> dict[st
         "seconds": seconds,
         "steps": part.steps,
     }
+
+
+HEADS = ("model", "facts", "params", "known", "unseen", "tokens", "seconds")
+ENOUGH, FAILED = 0.9, 0.5  # recall from which the demo says "learned", and up to which "did not"
+
+
+def cells(result: dict[str, Any]) -> list[str]:
+    """A result as the table's cells."""
+    return [
+        result["title"],
+        f"{result['facts']:,}",
+        f"{result['parameters']:,}",
+        f"{result['recall']['known'].fraction:.3f}",
+        f"{result['recall']['unseen'].fraction:.3f}",
+        f"{result['tokens']:,}",
+        f"{result['seconds']:.0f}",
+    ]
+
+
+def verdict(sample: Any, split: str) -> str:
+    """Whether a dialogue ended well, in words."""
+    who = "known person" if split == "known" else "person never seen"
+    return f"{who}; " + ("right" if sample.correct else f"wrong, it is {sample.expected}")
+
+
+def show(results: Sequence[dict[str, Any]]) -> None:
+    """Print a dialogue of each model, and the table."""
+    from rich.table import Table
+
+    console = stdout()
+    for result in results:
+        for split in ("known", "unseen") if result["setting"] == "in_tool" else ("known",):
+            sample = result["dialogues"][split]
+            console.rule(f"[bold]{result['title']}[/bold] ({verdict(sample, split)})", align="left")
+            console.print(dialogue_text(sample.turns))
+    table = Table(title="\nrecall: generated answers that are exactly right, the tool in the loop")
+    for head in HEADS:
+        table.add_column(head, justify="left" if head == "model" else "right")
+    for result in results:
+        table.add_row(*cells(result))
+    console.print(table)
+    console.print(lesson(results))
+
+
+def lesson(results: Sequence[dict[str, Any]]) -> str:
+    """What the three models show, in words, if they do."""
+    few, many, tool = (result["recall"] for result in results)
+    learned = (few["known"], tool["known"], tool["unseen"])
+    if min(s.fraction for s in learned) < ENOUGH or many["known"].fraction > FAILED:
+        return (
+            "These three do not show the point: they were trained for too few steps, or the seed was "
+            "an unlucky one. `toolmem demo` without --steps, or with another --seed, should."
+        )
+    return (
+        f"Stored in the weights, {FEW} people fit (recall {few['known'].fraction:.2f}) and {MANY:,} do "
+        f"not ({many['known'].fraction:.2f}). A model of the same size that learned to ask a database "
+        f"answers for all {MANY:,} ({tool['known'].fraction:.2f}), and for people whose names it never "
+        f"saw ({tool['unseen'].fraction:.2f}): it learned the rule."
+    )
+
+
+def figure(results: Sequence[dict[str, Any]]) -> Figure:
+    """Recall of each model on known and unseen people, with 95 % intervals."""
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(7.2, 3.4))
+    axes = drawing.subplots()
+    for offset, split, colour in ((-0.19, "known", "#2b6cb0"), (0.19, "unseen", "#dd6b20")):
+        scores = [result["recall"][split] for result in results]
+        heights = [score.fraction for score in scores]
+        low, high = zip(*(score.interval for score in scores), strict=True)
+        errors = [
+            [max(0.0, h - end) for h, end in zip(heights, low, strict=True)],
+            [max(0.0, end - h) for h, end in zip(heights, high, strict=True)],
+        ]
+        places = [place + offset for place in range(len(results))]
+        bars = axes.bar(places, heights, 0.36, yerr=errors, capsize=3, color=colour)
+        bars.set_label("people it was trained on" if split == "known" else "people it never saw")
+        for place, height, end in zip(places, heights, high, strict=True):
+            axes.text(place, end + 0.02, f"{height:.2f}", ha="center", va="bottom", fontsize=9)
+    labels = [
+        f"{result['title'].replace(', ', chr(10))}\n{result['parameters']:,} parameters"
+        for result in results
+    ]
+    axes.set_xticks(range(len(results)), labels)
+    axes.set_ylim(0, 1.18)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
+    axes.set_ylabel("recall (exact match)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return drawing
+
+
+def write(results: Sequence[dict[str, Any]], path: Path, seed: int, workers: int) -> None:
+    """Write the report, and the same as JSON beside it."""
+    from toolmem.analysis.report import write_report
+    from toolmem.training.folders import environment
+
+    machine = environment()
+    dialogues = []
+    for result in results:
+        for split in ("known", "unseen"):
+            sample = result["dialogues"][split]
+            dialogues.append((result["title"], sample.turns, verdict(sample, split)))
+    tool = results[-1]["recall"]
+    write_report(
+        path,
+        title="Store it, or learn to ask?",
+        lead=f"Three models of {results[0]['parameters']:,} parameters. {lesson(results)}",
+        table=(HEADS, [cells(result) for result in results]),
+        figures=[("Recall of generated answers; bars are 95 % intervals.", figure(results))],
+        dialogues=dialogues,
+        circumstances=[
+            ("command", f"toolmem demo --seed {seed}"),
+            ("training", f"{workers} models at a time, steps: "
+             + ", ".join(f"{r['title']}: {r['steps']:,}" for r in results)),
+            ("questions", f"{tool['known'].total} on known and {tool['unseen'].total} on unseen people"),
+            ("processor", f"{machine['processor']}, {machine['cpu_count']} cores"),
+            ("versions", f"Python {machine['python']}, torch {machine['packages']['torch']}, "
+             f"lightning {machine['packages']['lightning']}"),
+        ],
+    )  # fmt: skip
+    plain = [
+        {
+            **{key: result[key] for key in ("title", "setting", "people", "facts", "parameters")},
+            **{key: result[key] for key in ("tokens", "steps", "seconds")},
+            "recall": {split: score.as_dict() for split, score in result["recall"].items()},
+        }
+        for result in results
+    ]
+    write_json(path.with_name("results.json"), {"seed": seed, "models": plain})
 
 
 def main(command: str, argv: list[str]) -> int:

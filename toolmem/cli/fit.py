@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import Sequence
@@ -17,8 +18,17 @@ from toolmem import checkpoints
 from toolmem.cli.functions import plain
 from toolmem.errors import ToolmemError
 from toolmem.files import explain_os_error, write_text
-from toolmem.training import TRAINER_DEFAULTS, Checkpointing, LanguageModelModule, RecallProbe
-from toolmem.training.folders import RunFolder, make_loggers
+from toolmem.training import (
+    TRAINER_DEFAULTS,
+    Checkpointing,
+    CSVLogger,
+    LanguageModelModule,
+    Progress,
+    RecallProbe,
+    Throughput,
+)
+from toolmem.training.folders import RunFolder
+from toolmem.training.loggers import tensorboard_logger, wandb_logger
 from toolmem.training.precision import check_precision
 
 EXAMPLE = (
@@ -47,7 +57,7 @@ class ToolmemCLI(LightningCLI):
                 subclass_mode_data=True,
                 save_config_callback=RunConfig,
                 save_config_kwargs={"overwrite": True},
-                trainer_defaults=TRAINER_DEFAULTS,
+                trainer_defaults=TRAINER_DEFAULTS | {"callbacks": [Throughput(), Progress()]},
                 seed_everything_default=0,
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
@@ -96,15 +106,20 @@ class ToolmemCLI(LightningCLI):
             if settings.trainer.get(key) not in (None, False):
                 raise ToolmemError(f"trainer.{key} is set by toolmem itself: use {owner} instead")
         check_precision(settings.trainer.precision, settings.trainer.accelerator)
-        self.folder = RunFolder(Path(settings.runs) / (settings.name or self._recipe_name()))
+        # Settled here and kept in config.yaml, so that it reruns as it is. What depends on this very
+        # call (the folder's path, the checkpoint) is handed to the trainer and not kept.
+        settings.name = settings.name or self._recipe_name()
+        self.folder = RunFolder(Path(settings.runs) / settings.name)
+        self.checkpoint: str | None = None
         if self.command == "fit":
-            settings.ckpt_path = self.folder.checkpoint_to_resume(
-                settings.ckpt_path, settings.resume
-            )
+            self.checkpoint = self.folder.checkpoint_to_resume(settings.ckpt_path, settings.resume)
             self.folder.prepare()
         elif settings.get("ckpt_path"):
-            settings.ckpt_path = str(checkpoints.resolve(settings.ckpt_path))
-        settings.trainer.default_root_dir = str(self.folder.path)
+            self.checkpoint = str(checkpoints.resolve(settings.ckpt_path))
+        else:
+            raise ToolmemError(
+                f"toolmem {self.command} needs a trained model: name it by --ckpt_path RUN_FOLDER"
+            )
 
     def _recipe_name(self) -> str:
         configs = self.settings.get("config") or []
@@ -112,8 +127,28 @@ class ToolmemCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer, with the run's loggers."""
-        loggers = make_loggers(self.folder, self.settings.logger) if self.command == "fit" else []
-        return super().instantiate_trainer(logger=loggers or False, **kwargs)
+        return super().instantiate_trainer(
+            logger=self._loggers() or False, default_root_dir=str(self.folder.path), **kwargs
+        )
+
+    def _loggers(self) -> list[Any]:
+        if self.command != "fit":
+            return []
+        loggers: list[Any] = [CSVLogger(self.folder.path)]
+        if self.settings.logger == "wandb":
+            loggers.append(wandb_logger(self.folder.path, checkpoint=self.checkpoint))
+        elif self.settings.logger == "tensorboard":
+            loggers.append(tensorboard_logger(self.folder.path, checkpoint=self.checkpoint))
+        return loggers
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        return super()._prepare_subcommand_kwargs(subcommand) | {"ckpt_path": self.checkpoint}
+
+    def before_fit(self) -> None:
+        """Keep the facts beside the run, so that its tool can be asked afterwards."""
+        write_factbase = getattr(self.datamodule, "write_factbase", None)
+        if write_factbase is not None and self.trainer.is_global_zero:
+            write_factbase(self.folder.path / "facts.duckdb")
 
 
 class RunConfig(SaveConfigCallback):
@@ -126,6 +161,18 @@ class RunConfig(SaveConfigCallback):
             write_text(Path(trainer.default_root_dir) / "config.yaml", text)
 
 
+def be_quiet() -> None:
+    """Keep what Lightning says at every start to itself; its warnings stay."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+        ".*IterableDataset.*has `__len__` defined.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
 def run(command: str, arguments: Sequence[str] | dict[str, Any]) -> ToolmemCLI:
     """Run one of Lightning's commands.
 
@@ -136,6 +183,7 @@ def run(command: str, arguments: Sequence[str] | dict[str, Any]) -> ToolmemCLI:
     Raises:
         ToolmemError: for everything that the user can mend.
     """
+    be_quiet()
     if isinstance(arguments, dict):
         arguments = {"subcommand": command, command: arguments}
     try:

@@ -1,0 +1,128 @@
+"""``toolmem evaluate``: what a trained model recalls, with exact counts and intervals."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolmem.cli.functions import call
+from toolmem.console import progress, stdout
+from toolmem.errors import ToolmemError
+from toolmem.files import write_json
+
+if TYPE_CHECKING:
+    from toolmem.evaluation import RecallResult
+    from toolmem.run import Run
+
+TASKS = ("recall",)
+CHUNK = 512
+
+
+def evaluate(
+    checkpoint: str,
+    tasks: str = "recall",
+    out: str | None = None,
+    n_questions: int = 1024,
+    factbase: str | None = None,
+    allow_other_factbase: bool = False,
+    batch_size: int = 128,
+    device: str = "cpu",
+) -> None:
+    """Measure what a trained model recalls, per attribute, on known and on unseen people.
+
+    Args:
+        checkpoint: a run's folder, or a .ckpt file.
+        tasks: what to measure, separated by commas: recall.
+        out: a JSON file for the results, with exact counts and 95 % intervals.
+        n_questions: asked of known people, and of unseen people, at most.
+        factbase: the DuckDB file with the facts (default: facts.duckdb in the run's folder).
+        allow_other_factbase: accept a factbase whose facts are not those of training.
+        batch_size: dialogues generated at once.
+        device: where the model runs.
+    """
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    for name in names:
+        if name not in TASKS:
+            raise ToolmemError(f"--tasks: unknown task {name!r}: choose from {', '.join(TASKS)}")
+    if not names or n_questions < 1 or batch_size < 1:
+        raise ToolmemError("--tasks names no task, or --n_questions or --batch_size is below 1")
+    from toolmem.run import load
+
+    began = time.perf_counter()
+    run = load(
+        checkpoint, factbase=factbase, allow_other_factbase=allow_other_factbase, device=device
+    )
+    results = measure(run, n_questions, batch_size)
+    show(results)
+    if out is not None:
+        write_json(
+            out,
+            {
+                "checkpoint": str(run.checkpoint.path),
+                "step": run.checkpoint.step,
+                "recall": {split: result.as_dict() for split, result in results.items()},
+                "seconds": round(time.perf_counter() - began, 3),
+            },
+        )
+
+
+def measure(run: Run, n_questions: int, batch_size: int) -> dict[str, RecallResult]:
+    """Recall by split; a split without people is left out."""
+    from toolmem.evaluation import RecallResult, Score, measure_recall
+
+    results: dict[str, RecallResult] = {}
+    with progress() as bar:
+        for split in ("known", "unseen"):
+            questions = run.questions(split, n_questions)
+            task = bar.add_task(f"asking about {split} people", total=len(questions))
+            scores: dict[str, Any] = {}
+            samples = []
+            for start in range(0, len(questions), CHUNK):
+                chunk = questions[start : start + CHUNK]
+                part = measure_recall(
+                    run.model, run.tokenizer, chunk, toolbox=run.toolbox, batch_size=batch_size
+                )
+                samples += part.samples
+                for name, score in part.attributes.items():
+                    before = scores.get(name, Score(0, 0))
+                    scores[name] = Score(before.correct + score.correct, before.total + score.total)
+                bar.advance(task, len(chunk))
+            if questions:
+                results[split] = RecallResult(scores, samples)
+    return results
+
+
+def show(results: dict[str, RecallResult]) -> None:
+    """Print the table."""
+    from rich.table import Table
+
+    table = Table(title="recall (exact match, 95 % interval)")
+    table.add_column("attribute")
+    for split in results:
+        table.add_column(f"{split} people", justify="right")
+    attributes = list(dict.fromkeys(name for result in results.values() for name in result.attributes))
+    for name in attributes:
+        table.add_row(name, *(cell(result.attributes.get(name)) for result in results.values()))
+    table.add_section()
+    table.add_row("all", *(cell(result.overall) for result in results.values()), style="bold")
+    stdout().print(table)
+
+
+def cell(score: Any) -> str:
+    """A score in words."""
+    if score is None or not score.total:
+        return "–"
+    low, high = score.interval
+    return f"{score.fraction:.3f}  ({score.correct}/{score.total}, {low:.3f}–{high:.3f})"
+
+
+def main(command: str, argv: list[str]) -> int:
+    """Entry."""
+    call(
+        evaluate,
+        argv,
+        prog=f"toolmem {command}",
+        example="toolmem evaluate --checkpoint runs/first --tasks recall --out results.json",
+    )
+    return 0
