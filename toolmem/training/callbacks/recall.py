@@ -1,0 +1,199 @@
+"""Asks questions while training goes on."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+
+from toolmem import console
+from toolmem.errors import ToolmemError
+from toolmem.files import write_text
+from toolmem.training.callbacks.throughput import not_training
+from toolmem.training.module import LanguageModelModule
+
+if TYPE_CHECKING:
+    from toolmem.evaluation.recall import RecallResult
+    from toolmem.tools.base import Toolbox
+
+
+class RecallProbe(pl.Callback):
+    """Every so often asks the model questions, with its tools at hand, and logs how many it
+    answers.
+
+    Logs ``recall/exact_match`` and ``recall/exact_match/ATTRIBUTE`` on people that training knows,
+    and ``recall/unseen/exact_match`` on people that it does not; shows two dialogues; writes those
+    it saw to ``samples/step_N.jsonl``. Data without questions is passed over in silence. The
+    model's mode and all random numbers are left as they were, so training goes the same way with
+    and without it.
+
+    Args:
+        every_n_steps: optimizer steps between two rounds, one more when training ends; 0 never
+            asks.
+        n_questions: of known people, a round.
+        n_unseen: of unseen people, a round.
+        stop_at: end training once ``recall/exact_match`` is this high; None never does.
+        batch_size: dialogues generated at once.
+        n_samples: dialogues kept of each kind, a round.
+        show: print two dialogues, a round.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 1000,
+        n_questions: int = 256,
+        n_unseen: int = 256,
+        stop_at: float | None = None,
+        batch_size: int = 128,
+        n_samples: int = 8,
+        show: bool = True,
+    ) -> None:
+        super().__init__()
+        if every_n_steps < 0 or n_questions < 1 or n_unseen < 0 or batch_size < 1:
+            raise ToolmemError(
+                "recall: n_questions and batch_size must be 1 or more, every_n_steps and n_unseen 0"
+            )
+        if stop_at is not None and not 0 < stop_at <= 1:
+            raise ToolmemError(f"recall: stop_at is {stop_at}: it must be above 0 and at most 1")
+        self.every_n_steps = every_n_steps
+        self.n_questions = n_questions
+        self.n_unseen = n_unseen
+        self.stop_at = stop_at
+        self.batch_size = batch_size
+        self.n_samples = n_samples
+        self.show = show
+        self._questions: dict[str, list[Any]] = {}
+        self._toolbox: Toolbox | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw the questions, which stay the same through the run, and open the tools."""
+        self._asked = trainer.global_step
+        self._questions = {}
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        if not self.every_n_steps or not hasattr(datamodule, "questions"):
+            return
+        for split, n in (("known", self.n_questions), ("unseen", self.n_unseen)):
+            if n and (questions := datamodule.questions(split, n)):
+                self._questions[split] = questions
+        if trainer.is_global_zero and datamodule.checkpoint_info().get("setting") == "in_tool":
+            path = Path(trainer.default_root_dir) / "facts.duckdb"
+            if not path.is_file() or trainer.global_step == 0:  # a new run may be of other facts
+                datamodule.write_factbase(path)
+            self._toolbox = open_toolbox(path)
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Ask, if it is time."""
+        step = trainer.global_step
+        if step == self._asked or not self._questions:
+            return
+        if step % self.every_n_steps == 0 or step == trainer.max_steps:
+            self._asked = step
+            with not_training(trainer):
+                self._ask(trainer, pl_module)
+
+    def _ask(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """One process asks; the others wait for what it found."""
+        assert isinstance(pl_module, LanguageModelModule)
+        metrics: dict[str, float] = {}
+        if trainer.is_global_zero:
+            metrics = self._measure(trainer, pl_module)
+        metrics = trainer.strategy.broadcast(metrics)
+        pl_module.report(metrics)
+        if self.stop_at is not None and metrics["recall/exact_match"] >= self.stop_at:
+            trainer.should_stop = True
+
+    def _measure(self, trainer: pl.Trainer, module: LanguageModelModule) -> dict[str, float]:
+        from toolmem.evaluation.recall import measure_recall
+
+        tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+        metrics: dict[str, float] = {}
+        samples: list[dict[str, Any]] = []
+        for split, questions in self._questions.items():
+            with undisturbed(module.model):
+                result = measure_recall(
+                    module.model,
+                    tokenizer,
+                    questions,
+                    toolbox=self._toolbox,
+                    batch_size=self.batch_size,
+                )
+            metrics |= metrics_of(result, split)
+            samples += [{"split": split, **sample} for sample in kept(result, self.n_samples)]
+        self._keep(trainer, samples)
+        return metrics
+
+    def _keep(self, trainer: pl.Trainer, samples: list[dict[str, Any]]) -> None:
+        step = trainer.global_step
+        lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
+        folder = Path(trainer.default_root_dir) / "samples"
+        write_text(folder / f"step_{step}.jsonl", "".join(lines))
+        if self.show:
+            for sample in samples[:2]:
+                verdict = "right" if sample["correct"] else f"wrong, it is {sample['expected']}"
+                console.stderr().rule(f"step {step}: {verdict}", align="left")
+                turns = [(turn["role"], turn["text"]) for turn in sample["turns"]]
+                console.stderr().print(console.dialogue_text(turns))
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Close the tools."""
+        if self._toolbox is not None:
+            self._toolbox.close()
+            self._toolbox = None
+
+
+def open_toolbox(factbase: Path) -> Toolbox:
+    """The tools of in-tool training: the facts as a database, and the calculator."""
+    from toolmem.tools import Calculator, SqlTool, Toolbox
+
+    return Toolbox([SqlTool(factbase), Calculator()])
+
+
+def metrics_of(result: RecallResult, split: str) -> dict[str, float]:
+    """A result as metrics by name."""
+    prefix = "recall" if split == "known" else f"recall/{split}"
+    metrics = {f"{prefix}/exact_match": result.exact_match}
+    if split == "known":
+        metrics |= {
+            f"{prefix}/exact_match/{name}": score.fraction
+            for name, score in result.attributes.items()
+        }
+    return metrics
+
+
+def kept(result: RecallResult, n: int) -> list[dict[str, Any]]:
+    """The first ``n`` dialogues of a result as plain data."""
+    return [sample.as_dict() for sample in result.samples[:n]]
+
+
+@contextmanager
+def undisturbed(model: torch.nn.Module) -> Iterator[None]:
+    """Whatever happens in here, modes of modules and states of random numbers are put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        random.setstate(state[0])
+        np.random.set_state(state[1])
+        torch.set_rng_state(state[2])
+        if devices:
+            torch.cuda.set_rng_state_all(devices)

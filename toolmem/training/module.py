@@ -1,0 +1,282 @@
+"""The one LightningModule that trains every language model.
+
+Unusual about it:
+
+- The loss is averaged over the *global* number of loss-bearing tokens of an optimizer step, over
+  micro-batches and ranks: ``training_step`` returns a sum, and gradients are divided once, before
+  clipping. A mean of means would weigh tokens of short batches more.
+- The head and the cross-entropy are computed only where a token bears loss.
+- Nothing is logged but every ``trainer.log_every_n_steps``, and then by ``report``, not by
+  Lightning's ``self.log``, whose bookkeeping costs a tiny model a noticeable part of each step.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from toolmem import checkpoints
+from toolmem.data.batch import Batch
+from toolmem.errors import ToolmemError
+from toolmem.models import LanguageModel
+from toolmem.training import compatibility
+from toolmem.training.metrics import TokenCount, TokenMean, restore_state, saved_state
+from toolmem.training.optimizers import OptimizerConfig
+from toolmem.training.schedules import Schedule
+
+# Gradients are kept as sums of token losses times this until they are divided. A power of two costs
+# no precision, and keeps float16's gradients in range from the first steps on.
+SUM_SCALE = 2.0**-10
+
+
+class LanguageModelModule(pl.LightningModule):
+    """Trains a language model on batches of tokens.
+
+    Args:
+        model: the model.
+        optimizer: what trains it (``toolmem.training.Muon``, ``AdamW``).
+        schedule: of its learning rate (``toolmem.training.Cosine``, ``WSD``, ...).
+        compile: compile the model's body for training, once for all lengths; takes some tens of
+            seconds at the first step, so it pays in long runs only.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        optimizer: OptimizerConfig,
+        schedule: Schedule,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.optimizer_config = optimizer
+        self.schedule = schedule
+        self.compile_model = compile
+        # A bound method, not a wrapped module: names in checkpoints stay as they are.
+        self._hidden: Callable[..., Tensor] = (
+            torch.compile(model.hidden, dynamic=True) if compile else model.hidden
+        )
+        self.train_loss = TokenMean()
+        self.train_tokens = TokenCount()
+        self.eval_loss = TokenMean()
+        self.reported: dict[str, tuple[int, float]] = {}
+        self._pending = 0  # this rank's loss-bearing tokens in the gradients gathered so far
+        self._restored_gradients: dict[str, Tensor] = {}
+
+    # ---- loss
+
+    def loss_sum(
+        self, batch: Batch, hidden: Callable[..., Tensor] | None = None
+    ) -> tuple[Tensor, int]:
+        """The summed cross-entropy of a batch's loss-bearing tokens in nats, and their number.
+
+        Args:
+            batch: the batch, on the model's device.
+            hidden: the model's body; ``model.hidden`` when None.
+        """
+        losses = self.token_losses(batch, hidden or self.model.hidden)
+        return losses.sum(), losses.numel()
+
+    def token_losses(self, batch: Batch, hidden: Callable[..., Tensor]) -> Tensor:
+        """Cross-entropy of each loss-bearing token in reading order, in nats, float32 or wider."""
+        states = hidden(batch.tokens, documents=batch.documents).flatten(0, 1)
+        targets = batch.targets.flatten()
+        positions = batch.positions()
+        if positions.numel() < targets.numel():
+            states, targets = states.index_select(0, positions), targets.index_select(0, positions)
+        logits = self.model.logits(states)
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            logits = logits.float()
+        return F.cross_entropy(logits, targets, reduction="none")
+
+    # ---- training
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The batch's summed loss, scaled so that Lightning's division by the number of
+        micro-batches cancels out.
+        """
+        loss, count = self.loss_sum(batch, self._hidden)
+        self.train_loss.update(loss.detach(), count)
+        self.train_tokens.update(batch.n_tokens)
+        self._pending += count
+        # Here and not in on_train_batch_end: callbacks come before that hook, and one of them may
+        # write a checkpoint, which must know that this batch is used.
+        consumed = getattr(self.trainer.datamodule, "consumed", None)  # type: ignore[attr-defined]
+        if consumed is not None:
+            consumed(batch.state)
+        return loss * (self.trainer.accumulate_grad_batches * SUM_SCALE)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Turn summed gradients into the mean over all loss-bearing tokens of the step."""
+        factor = self._sum_to_mean()
+        self._pending = 0
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        torch._foreach_mul_([gradient for gradient in gradients if gradient is not None], factor)
+
+    def _sum_to_mean(self) -> float | Tensor:
+        world = self.trainer.world_size
+        if world == 1:
+            return 1 / (SUM_SCALE * max(self._pending, 1))
+        # DDP has averaged over ranks, so the world's size is multiplied back in.
+        return world / (SUM_SCALE * self._pending_over_ranks().clamp(min=1))
+
+    def _pending_over_ranks(self) -> Tensor:
+        pending = torch.tensor(self._pending, dtype=torch.float64, device=self.device)
+        return self.trainer.strategy.reduce(pending, reduce_op="sum")
+
+    def configure_optimizers(self) -> Any:
+        """Lightning's hook: one optimizer, its schedule stepped with it."""
+        total = self.trainer.max_steps
+        optimizer = self.optimizer_config.build(self.model)
+        scheduler = self.schedule.build(optimizer, total if total and total > 0 else None)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def lr_scheduler_step(self, scheduler: LRScheduler, metric: Any) -> None:
+        """Log the step, then move the schedule on.
+
+        Of Lightning's hooks this is the one that runs once an optimizer step, after it is counted
+        and before callbacks may save a checkpoint: a resumed run's sums then go on where its log
+        stops.
+        """
+        step = self.trainer.global_step
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and (step % every == 0 or step == self.trainer.max_steps):
+            self._report_training(scheduler)
+        scheduler.step()
+
+    def _report_training(self, scheduler: LRScheduler) -> None:
+        metrics = {
+            "train/loss": self.train_loss.compute().item(),
+            "train/tokens": int(self.train_tokens.compute().item()),
+            "train/learning_rate": float(scheduler.get_last_lr()[0]),
+        }
+        self.train_loss.reset()
+        self.report(metrics)
+
+    def report(self, metrics: Mapping[str, float]) -> None:
+        """Send metrics to the loggers at the run's own step: optimizer steps taken.
+
+        Args:
+            metrics: by name, ``group/name``; the same on every rank.
+        """
+        step = self.trainer.global_step
+        self.reported.update({name: (step, value) for name, value in metrics.items()})
+        # Callbacks that monitor a metric (early stopping, checkpoints) look here.
+        self.trainer.callback_metrics.update(
+            {name: torch.tensor(float(value)) for name, value in metrics.items()}
+        )
+        for logger in self.trainer.loggers:
+            logger.log_metrics(dict(metrics), step)
+
+    def on_train_start(self) -> None:
+        """Let loggers forget what a dead run logged after the checkpoint; put gradients back."""
+        for logger in self.trainer.loggers:
+            rewind = getattr(logger, "rewind", None)
+            if rewind is not None:
+                rewind(self.trainer.global_step)
+        for name, parameter in self.model.named_parameters():
+            if name in self._restored_gradients:
+                parameter.grad = self._restored_gradients[name].to(parameter)
+        self._restored_gradients = {}
+
+    # ---- evaluation
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add up the batch's loss."""
+        self.eval_loss.update(*self.loss_sum(batch))
+
+    test_step = validation_step
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/loss``, the mean over all loss-bearing tokens in nats."""
+        self._finish_evaluation("val/loss")
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test/loss``, the mean over all loss-bearing tokens in nats."""
+        self._finish_evaluation("test/loss")
+
+    def _finish_evaluation(self, name: str) -> None:
+        value = self.eval_loss.compute().item()
+        self.eval_loss.reset()
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
+        with warnings.catch_warnings():  # outside of training there need be no logger
+            warnings.filterwarnings("ignore", ".*but have no logger configured.*")
+            self.log(name, value, logger=not fitting, sync_dist=True)
+        if fitting and not self.trainer.sanity_checking:
+            self.report({name: value})
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Each row's summed loss in nats (``loss``), and its loss-bearing tokens (``count``)."""
+        losses = self.token_losses(batch, self.model.hidden)
+        count = batch.loss_mask.sum(1)
+        rows = torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
+        summed = torch.zeros(len(count), dtype=losses.dtype, device=losses.device)
+        return {"loss": summed.index_add_(0, rows, losses), "count": count}
+
+    # ---- checkpoints
+
+    def _about(self) -> dict[str, Any]:
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        info = datamodule.checkpoint_info() if hasattr(datamodule, "checkpoint_info") else {}
+        return checkpoints.describe(self.model, info) | {
+            "optimizer": compatibility.describe(self.optimizer_config),
+            "schedule": compatibility.describe(self.schedule),
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what rebuilds the model alone, and what training must know to go on exactly."""
+        about = self._about()
+        about["metrics"] = {
+            "train_loss": saved_state(self.train_loss),
+            "train_tokens": saved_state(self.train_tokens),
+        }
+        about["loggers"] = {
+            type(logger).__name__: logger.version
+            for logger in self.trainer.loggers
+            if logger.version
+        }
+        about["pending_tokens"] = int(self._pending_over_ranks().item())
+        checkpoint[checkpoints.KEY] = about
+        if about[
+            "pending_tokens"
+        ]:  # in the middle of accumulation: what is gathered must not be lost
+            checkpoint["pending_gradients"] = {
+                name: self.trainer.strategy.reduce(
+                    parameter.grad.detach().clone(), reduce_op="mean"
+                )
+                for name, parameter in self.model.named_parameters()
+                if parameter.grad is not None
+            }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of something else; take up what ``on_save_checkpoint`` left.
+
+        Raises:
+            ToolmemError: when the checkpoint's model, tokenizer, facts or optimizer differ from
+                this run's.
+        """
+        path = self.trainer.ckpt_path or "the checkpoint"
+        about = checkpoints.about_of(checkpoint, path)
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
+        compatibility.check(about, self._about(), path, training=fitting)
+        if not fitting:
+            return
+        if "metrics" not in about:
+            raise ToolmemError(f"{path} holds weights only: training cannot go on from it")
+        rank = self.trainer.global_rank
+        restore_state(self.train_loss, about["metrics"]["train_loss"], rank)
+        restore_state(self.train_tokens, about["metrics"]["train_tokens"], rank)
+        self._pending = about["pending_tokens"] if rank == 0 else 0
+        self._restored_gradients = checkpoint.get("pending_gradients", {})
