@@ -1,7 +1,7 @@
 """Facts, text and synthetic tasks; tokenizers; the loaders that turn them into batches.
 
-Everything public is reachable from here (``toolmem.data.FactsDataModule`` in a recipe), and imported
-when it is first used.
+Everything public is reachable from here (``toolmem.data.FactsDataModule`` in a recipe), and
+imported when it is first used.
 """
 
 from toolmem._lazy import attach

@@ -1,4 +1,4 @@
-"""Tokenizers of the `tokenizers` library: any ``tokenizer.json``, or a byte-level BPE trained here."""
+"""Tokenizers of the `tokenizers` library: any ``tokenizer.json``, or a BPE trained here."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ class HFTokenizer:
     def _encode_split(self, text: str) -> list[int]:
         """Encode text with a cut inside everything that reads like a role token."""
         cuts = [0, *(match.start() + 1 for match in self._role_pattern.finditer(text)), len(text)]
-        pieces = [text[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+        pieces = [text[a:b] for a, b in pairwise(cuts)]
         return [
             i
             for encoding in self._backend.encode_batch_fast(pieces, add_special_tokens=False)
@@ -130,7 +131,8 @@ class HFTokenizer:
         """The text of ``ids``; role tokens show as ``<|user|>``, broken UTF-8 as U+FFFD."""
         if self._byte_level:
             return self.decode_bytes(ids).decode("utf-8", "replace")
-        text, run = [], []
+        text: list[str] = []
+        run: list[int] = []
         for i in ids:
             if i in self._role_texts:
                 text += [self._backend.decode(run, skip_special_tokens=False), self._role_texts[i]]
@@ -157,8 +159,8 @@ class HFTokenizer:
         token = self._backend.token_to_id(_BYTE_TO_CHAR[byte]) if self._byte_level else None
         if token is None:
             raise ToolmemError(
-                f"byte {byte:#04x} is not valid UTF-8 here, and this tokenizer has no token for it: "
-                "use a byte-level tokenizer (`toolmem tokenizer train` makes one)"
+                f"byte {byte:#04x} is not valid UTF-8 here, and this tokenizer has no token for "
+                "it: use a byte-level tokenizer (`toolmem tokenizer train` makes one)"
             )
         return int(token)
 

@@ -40,7 +40,7 @@ class IndexedBatches(IterableDataset, ABC):
 
     @abstractmethod
     def batch_at(self, index: int) -> Batch:
-        """This rank's share of batch number ``index``, its state naming batch ``index + 1``."""
+        """The share of this rank of batch ``index``, its state naming batch ``index + 1``."""
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
@@ -66,7 +66,7 @@ class IndexedBatches(IterableDataset, ABC):
         self.position = state["batch"]
 
 
-def _as_is(batch: Batch) -> Batch:
+def _as_is(batch: Any) -> Any:
     return batch
 
 

@@ -183,6 +183,6 @@ def tokenizer_from_spec(spec: Mapping[str, Any]) -> Tokenizer:
 
         return HFTokenizer(spec["json"], spec["role_tokens"])
     raise ToolmemError(
-        f"unknown tokenizer type {kind!r} (known: byte, symbols, hf): the checkpoint was written by "
-        "another version of toolmem"
+        f"unknown tokenizer type {kind!r} (known: byte, symbols, hf): the checkpoint was written "
+        "by another version of toolmem"
     )

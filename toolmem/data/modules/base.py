@@ -1,119 +1,124 @@
-"""What all DataModules share: an endless training stream that goes on exactly where it stopped."""
+"""What the DataModules share: resuming, ranks, and the streams' life."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
-from torch.utils.data import DataLoader
 
-from toolmem.data.stream import IndexedBatches, make_loader
-from toolmem.data.tokenizers import Tokenizer
+from toolmem.data.batch import Batch
+from toolmem.data.stream import IndexedBatches
 from toolmem.errors import ToolmemError
 
 STATE_FORMAT = 1
 
 
-class StatefulDataModule(pl.LightningDataModule):
-    """Batches whose place in the stream is part of the checkpoint.
-
-    Every batch says where the stream stands after it; training reports each batch it has used by
-    `consumed`, so batches that Lightning or a worker fetched ahead are neither lost nor repeated.
+class HeldOut:
+    """One pass over a stream's first epoch: validation data, the same every time.
 
     Args:
-        tokenizer: what the batches' ids mean.
-        batch_size: rows, or dialogues, of a batch over all ranks.
-        num_workers: processes that make batches; 0 makes them in the training process.
-
-    Attributes:
-        vocab_size: number of token ids.
-        seq_len: longest row that a batch can have.
+        batches: the stream.
+        n_batches: how many to take.
     """
 
-    seq_len: int
+    def __init__(self, batches: IndexedBatches, n_batches: int) -> None:
+        self.batches = batches
+        self.n_batches = n_batches
 
-    def __init__(self, tokenizer: Tokenizer, batch_size: int, num_workers: int) -> None:
+    def __len__(self) -> int:
+        return self.n_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self.batches.batch_at(index) for index in range(self.n_batches))
+
+
+class StatefulDataModule(pl.LightningDataModule, ABC):
+    """A DataModule whose training stream is endless and can be taken up after any batch.
+
+    Each training `Batch` carries where the stream stands after it; training reports back with
+    `consumed`, so batches that were prefetched but never trained on are neither lost nor repeated.
+    """
+
+    def __init__(self) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ToolmemError(f"data: batch_size is {batch_size}: it must be at least 1")
-        if num_workers < 0:
-            raise ToolmemError(f"data: num_workers is {num_workers}: it must be 0 or more")
-        self.tokenizer = tokenizer
-        self.vocab_size: int = tokenizer.vocab_size
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-        self._state: dict[str, Any] | None = None
-
-    # -- what a DataModule adds
+        self._stream_state: dict[str, Any] | None = None
+        self._loaded: dict[str, Any] | None = None
 
     @abstractmethod
-    def train_batches(self, rank: int, world_size: int) -> IndexedBatches:
-        """The endless training stream of one rank."""
+    def signature(self) -> dict[str, Any]:
+        """Option -> value, of all that decides which batch is the n-th: kept in the state."""
 
-    @abstractmethod
-    def val_batches(self, rank: int, world_size: int) -> IndexedBatches:
-        """The validation stream of one rank, its ``stop`` set."""
-
-    @abstractmethod
-    def checkpoint_info(self) -> dict[str, Any]:
-        """Plain data that a checkpoint keeps: tokenizer, facts, setting."""
-
-    # -- Lightning's side
-
-    def train_dataloader(self) -> DataLoader:
-        """The training stream, from where the checkpoint stopped."""
-        batches = self.train_batches(*self._place())
-        if self._state is not None:
-            batches.load_state_dict(self._state)
-        return make_loader(batches, self.num_workers)
-
-    def val_dataloader(self) -> DataLoader:
-        """The same held-out batches every time."""
-        return make_loader(self.val_batches(*self._place()))
-
-    test_dataloader = val_dataloader
-    predict_dataloader = val_dataloader
-
-    def _place(self) -> tuple[int, int]:
+    @property
+    def rank_and_world(self) -> tuple[int, int]:
+        """The number of this process among those that read different data, and their count."""
         trainer = self.trainer
-        return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+        if trainer is None:
+            return 0, 1
+        # a strategy knows that ranks of one tensor-parallel group must read the same
+        shares = trainer.distributed_sampler_kwargs or {}
+        world = int(shares.get("num_replicas", trainer.world_size))
+        return int(shares.get("rank", trainer.global_rank)), world
 
     def consumed(self, state: dict[str, Any]) -> None:
-        """Note that training has used a batch.
-
-        Args:
-            state: the batch's own.
-        """
-        self._state = state
+        """Training is done with the batch that carried ``state``."""
+        self._stream_state = state
 
     def state_dict(self) -> dict[str, Any]:
-        """Where training stands in the stream."""
+        """Plain data from which training goes on after the last batch consumed."""
         return {
             "format": STATE_FORMAT,
-            "stream": self._state,
-            "world_size": self._place()[1],
-            "batch_size": self.batch_size,
+            "world_size": self.rank_and_world[1],
+            "signature": self.signature(),
+            "stream": self._stream_state,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from `state_dict`.
+        """Make the next `train_dataloader` begin where ``state_dict`` was taken.
 
         Raises:
-            ToolmemError: when the state cannot be honoured exactly.
+            ToolmemError: for a state that another version wrote.
         """
         if state_dict.get("format") != STATE_FORMAT:
             raise ToolmemError(
-                f"the checkpoint's data state has format {state_dict.get('format')}, this version reads "
-                f"{STATE_FORMAT}: start a new run"
+                f"the checkpoint's data state has format {state_dict.get('format')}, this version "
+                f"reads {STATE_FORMAT}: resume with the toolmem that wrote it"
             )
-        for key, now, what in (
-            ("world_size", self._place()[1], "processes (trainer.devices, trainer.num_nodes)"),
-            ("batch_size", self.batch_size, "rows a batch (data.init_args.batch_size)"),
-        ):
-            if state_dict[key] != now:
+        # checked when training asks for data: validation may well be on other data
+        self._loaded = state_dict
+        self._stream_state = state_dict["stream"]
+
+    def resume_state(self, same_world: bool = False) -> dict[str, Any] | None:
+        """The stream's state to begin with, None for the start.
+
+        Args:
+            same_world: the stream cannot be shared out anew among another number of processes.
+
+        Raises:
+            ToolmemError: when the state does not fit this run, naming the option.
+        """
+        loaded = self._loaded
+        if loaded is not None:
+            for key, value in self.signature().items():
+                before = loaded["signature"].get(key)
+                if before != value:
+                    raise ToolmemError(
+                        f"cannot resume: data.{key} is {value!r}, the checkpoint's run had "
+                        f"{before!r}; set it as it was, or start a new run"
+                    )
+            world = self.rank_and_world[1]
+            if same_world and loaded["world_size"] != world:
                 raise ToolmemError(
-                    f"the checkpoint was trained with {state_dict[key]} {what}, this run has {now}: "
-                    "batches would be skipped or repeated; set it as it was"
+                    f"cannot resume: the checkpoint's run read its documents with world_size "
+                    f"{loaded['world_size']}, this one has {world}; use as many devices as before"
                 )
-        self._state = state_dict["stream"]
+        return self._stream_state
+
+    def test_dataloader(self) -> Any:
+        """The same as for validation."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> Any:
+        """The same as for validation."""
+        return self.val_dataloader()

@@ -1,4 +1,4 @@
-"""People's facts told as dialogues, in-weight or in-tool."""
+"""Dialogues about a population, in-weight or in-tool."""
 
 from __future__ import annotations
 
@@ -9,195 +9,317 @@ from typing import Any, Literal
 import numpy as np
 
 from toolmem.data.dialogues import Dialogue, QuestionTable, TemplateSet
-from toolmem.data.factbase import build_factbase
-from toolmem.data.modules.base import StatefulDataModule
+from toolmem.data.modules.base import HeldOut, StatefulDataModule
 from toolmem.data.people import Population, make_population, unseen_population
+from toolmem.data.queries import QueryLanguage
+from toolmem.data.stream import make_loader
 from toolmem.data.tables import load_population
 from toolmem.data.text.dialog_tokens import DialogTokenGenerator, Layout, Mask
 from toolmem.data.text.token_table import TokenTable
-from toolmem.data.tokenizers import make_tokenizer
+from toolmem.data.tokenizers import Tokenizer, make_tokenizer
 from toolmem.errors import ToolmemError
 
 Setting = Literal["in_weight", "in_tool"]
+QuestionSplit = Literal["known", "unseen", "held_out"]
+
+DEFAULT_UNSEEN = 512
 
 
 class FactsDataModule(StatefulDataModule):
-    """Dialogues about a population; validation asks about people of unseen names.
-
-    In-weight, unseen people's facts cannot be known, so validation asks about the people of training.
+    """Facts about people, told as dialogues.
 
     Args:
-        people: how many to make, or the path of your own table (CSV, Parquet, JSONL, DuckDB).
-        setting: ``in_weight`` (the assistant answers) or ``in_tool`` (it asks the database first).
-        templates: a built-in set or a folder of your own; the setting's plain set when None.
-        query: the language of queries, ``short`` or ``sql``.
-        seed: of people, their facts and the order of dialogues.
-        alpha: independence of attributes, 0 (all of a last name alike) to 1 (independent).
-        relations: give people friends, for two-hop questions.
-        variants: tell each person each question in this many of a set's variants; None tells all.
-        batch_size: dialogues a batch, over all ranks.
-        mask: loss on what the ``assistant`` writes, or on ``all`` tokens.
-        layout: ``bucketed`` (dialogues of a length meet), ``rows`` or ``packed``.
-        seq_len: ``packed`` only: tokens a row.
-        tokenizer: ``byte`` or the path of a ``tokenizer.json``.
-        unseen_people: people whose names nobody in training has; 0 for none.
-        n_val_questions: held-out questions that validation loss is measured on.
-        num_workers: processes that make batches.
+        people: how many synthetic people, or a table of your own (CSV, Parquet, JSONL, DuckDB).
+        setting: in_weight (the model answers itself) or in_tool (it asks the database).
+        templates: a built-in template set, a folder of your own, or a list of them; validation and
+            recall ask the first's questions. None takes the set named like the setting.
+        query: the language of queries, short (FIND ... FOR ...) or sql.
+        seed: of the people, the order and what is held out.
+        alpha: independence of a person's attributes, from 0 (fixed by the last name) to 1.
+        relations: give people friends (what the two_hop sets ask about).
+        attributes: ask only about these; None asks about all.
+        variants: tell each fact in this many of a set's paraphrases; None tells it in all.
+        held_out: share of the first set's questions never trained on (other sets tell their facts).
+        batch_size: dialogues in a batch, over all devices.
+        mask: loss on what the assistant says (assistant) or on every token (all).
+        layout: bucketed (rows of like length), rows, or packed (several dialogues in a row).
+        seq_len: tokens in a row of layout packed; None is 256, or the longest dialogue if longer.
+        window: batches among which bucketed sorts dialogues by length.
+        tokenizer: byte, or the path of a tokenizer.json.
+        unseen_people: people whose names training never has, for validation; None is 512, or none
+            where no names are left.
+        n_val_questions: questions in validation.
+        val_split: validate on known, unseen or held_out questions; None takes held_out ones if
+            there are any, else unseen people in_tool (the rule) and known ones in_weight.
+        num_workers: processes that make batches; making them here is fast enough for most.
 
     Raises:
-        ToolmemError: settings that do not go together, or a table that cannot be read.
+        ToolmemError: for options that do not go together.
     """
 
     def __init__(
         self,
-        people: int | str = 64,
+        people: int | str = 1000,
         setting: Setting = "in_weight",
-        templates: str | None = None,
-        query: Literal["short", "sql"] = "short",
+        templates: str | list[str] | None = None,
+        query: QueryLanguage = "short",
         seed: int = 0,
         alpha: float = 1.0,
         relations: bool = False,
+        attributes: list[str] | None = None,
         variants: int | None = None,
+        held_out: float = 0.0,
         batch_size: int = 128,
         mask: Mask = "assistant",
         layout: Layout = "bucketed",
         seq_len: int | None = None,
+        window: int = 32,
         tokenizer: str = "byte",
-        unseen_people: int = 256,
+        unseen_people: int | None = None,
         n_val_questions: int = 512,
+        val_split: QuestionSplit | None = None,
         num_workers: int = 0,
     ) -> None:
-        super().__init__(make_tokenizer(tokenizer), batch_size, num_workers)
-        if unseen_people < 0:
-            raise ToolmemError(f"data: unseen_people is {unseen_people}: it must be 0 or more")
-        if n_val_questions < 1:
-            raise ToolmemError(f"data: n_val_questions is {n_val_questions}: it must be at least 1")
+        super().__init__()
+        if not 0 <= held_out < 1:
+            raise ToolmemError(f"data.held_out is {held_out}, but it is a share from 0 to below 1")
+        if val_split == "held_out" and held_out == 0:
+            raise ToolmemError("data.val_split is held_out, but data.held_out is 0: nothing is")
+        if batch_size < 1 or n_val_questions < 1:
+            raise ToolmemError("data.batch_size and data.n_val_questions must be at least 1")
         self.people = people
         self.setting = setting
-        self.seed, self.alpha, self.relations = seed, alpha, relations
+        self.query: QueryLanguage = query
+        self.seed = seed
+        self.alpha = alpha
+        self.with_relations = relations
+        self.attributes = attributes
         self.variants = variants
-        self.mask, self.layout, self.packed_len = mask, layout, seq_len
+        self.held_out = held_out
+        self.batch_size = batch_size
+        self.mask: Mask = mask
+        self.layout: Layout = layout
+        self.row_len = seq_len
+        self.window = window
         self.unseen_people = unseen_people
         self.n_val_questions = n_val_questions
-        self.templates = TemplateSet.load(templates or setting, query, setting=setting)
-        if self.templates.uses_tool != (setting == "in_tool"):
-            does = "ask the database" if self.templates.uses_tool else "never ask the database"
+        self.val_split = val_split
+        self.num_workers = num_workers
+        self.tokenizer: Tokenizer = make_tokenizer(tokenizer)
+        if not self.tokenizer.role_ids:
+            raise ToolmemError("data.tokenizer has no role tokens, which dialogues need")
+        names = [templates] if isinstance(templates, str) else templates or [setting]
+        self.template_sets = [TemplateSet.load(name, query, setting=setting) for name in names]
+        self._check_setting()
+
+    def _check_setting(self) -> None:
+        for templates in self.template_sets:
+            if self.setting == "in_weight" and templates.uses_tool:
+                raise ToolmemError(
+                    f"data.templates: in {templates.name} the database speaks, but data.setting is "
+                    "in_weight: set it to in_tool, or take templates without a database"
+                )
+        if self.setting == "in_tool" and not any(t.uses_tool for t in self.template_sets):
             raise ToolmemError(
-                f"data: the templates {self.templates.name} {does}, and setting is {setting}: change "
-                "data.init_args.setting or data.init_args.templates"
+                f"data.setting is in_tool, but in {self.template_sets[0].name} the database never "
+                "speaks: set it to in_weight, or take templates with a database"
             )
-        if layout == "packed" and seq_len is None:
-            raise ToolmemError("data: layout packed needs seq_len, the tokens of a row")
+
+    # -- what there is
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids there are."""
+        return self.tokenizer.vocab_size
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of the longest row that can come."""
+        tables = [self.table] if self.unseen_table is None else [self.table, self.unseen_table]
+        longest = max(table.longest for table in tables) - 1
+        if self.layout != "packed":
+            return longest
+        return max(self.row_len or max(256, longest), longest)
 
     @cached_property
     def population(self) -> Population:
-        """The people of training."""
+        """The people trained on."""
         if isinstance(self.people, str) and not self.people.isdigit():
             return load_population(self.people)
         return make_population(
-            int(self.people), seed=self.seed, alpha=self.alpha, relations=self.relations
+            int(self.people), seed=self.seed, alpha=self.alpha, relations=self.with_relations
         )
 
     @cached_property
     def unseen_population(self) -> Population | None:
         """People whose first and last names nobody in training has."""
-        if not self.unseen_people:
+        if self.unseen_people == 0:
             return None
-        return unseen_population(self.unseen_people, training=self.population, seed=self.seed)
+        try:
+            return unseen_population(
+                self.unseen_people or DEFAULT_UNSEEN, training=self.population, seed=self.seed
+            )
+        except ToolmemError:
+            if self.unseen_people is not None:
+                raise
+            return None  # all names are taken: nobody asked for unseen people by number
+
+    def _ask(self, templates: TemplateSet, population: Population) -> QuestionTable:
+        return templates.questions(
+            population, attributes=self.attributes, variants=self.variants, seed=self.seed
+        )
 
     @cached_property
-    def known_questions(self) -> QuestionTable:
-        """Every question about the people of training."""
-        return self.templates.questions(self.population, variants=self.variants, seed=self.seed)
+    def question_table(self) -> QuestionTable:
+        """The first template set's questions about the people trained on."""
+        return self._ask(self.template_sets[0], self.population)
 
     @cached_property
     def unseen_questions(self) -> QuestionTable | None:
-        """Every question about unseen people."""
+        """The same about unseen people."""
         if self.unseen_population is None:
             return None
-        return self.templates.questions(self.unseen_population)
-
-    def questions(self, split: str, n: int) -> list[Dialogue]:
-        """``n`` questions of a split, the same ones each time; fewer when there are no more.
-
-        Args:
-            split: ``known`` or ``unseen``.
-            n: how many.
-        """
-        table = self.known_questions if split == "known" else self.unseen_questions
-        if table is None:
-            return []
-        return [table.dialogue(int(index)) for index in table.sample(n, seed=self.seed)]
-
-    def write_factbase(self, path: str | Path) -> str:
-        """Write known and unseen people as one factbase, for the tool; returns its fingerprint."""
-        return build_factbase(self.population, path, unseen=self.unseen_population)
+        return self._ask(self.template_sets[0], self.unseen_population)
 
     @cached_property
     def table(self) -> TokenTable:
-        """Every dialogue of training, tokenised."""
-        return TokenTable.build(self.known_questions, self.tokenizer)
+        """All dialogues of all template sets about the people trained on, the first set's first."""
+        tables = [self.question_table]
+        tables += [self._ask(templates, self.population) for templates in self.template_sets[1:]]
+        return TokenTable.concatenate([TokenTable.build(t, self.tokenizer) for t in tables])
 
     @cached_property
-    def val_table(self) -> TokenTable:
-        """The dialogues of validation, tokenised."""
-        table = self.known_questions
-        if self.setting == "in_tool" and self.unseen_questions is not None:
-            table = self.unseen_questions
-        numbers = table.sample(self.n_val_questions, seed=self.seed + 1)
-        return TokenTable.from_dialogues((table.dialogue(int(i)) for i in numbers), self.tokenizer)
+    def unseen_table(self) -> TokenTable | None:
+        """The first set's dialogues about unseen people."""
+        if self.unseen_questions is None:
+            return None
+        return TokenTable.build(self.unseen_questions, self.tokenizer)
 
-    @property
-    def seq_len(self) -> int:  # type: ignore[override]
-        """Longest row that a batch can have."""
-        longest = max(int(self.table.lengths.max()), int(self.val_table.lengths.max())) - 1
-        return longest if self.packed_len is None else max(longest, self.packed_len)
+    @cached_property
+    def _held_out_rows(self) -> np.ndarray:
+        """(questions,) bool: which of the first set's are held out, a fact in all variants."""
+        questions = self.question_table
+        attributes = list(questions.attributes)
+        asked = np.array([attributes.index(block.attribute) for block in questions.blocks])
+        facts = questions.person_index * len(attributes) + asked[questions.template_index]
+        distinct = np.unique(facts)
+        n = round(self.held_out * len(distinct))
+        chosen = np.random.default_rng([self.seed, len(distinct)]).permutation(distinct)[:n]
+        return np.isin(facts, chosen)
 
-    def train_batches(self, rank: int = 0, world_size: int = 1) -> DialogTokenGenerator:
-        """The endless training stream of one rank."""
-        return DialogTokenGenerator(
-            self.table,
-            self.batch_size,
-            mask=self.mask,
-            layout=self.layout,
-            seq_len=self.packed_len,
-            seed=self.seed,
-            rank=rank,
-            world_size=world_size,
-        )
+    def _rows_of(self, split: QuestionSplit, n: int) -> np.ndarray:
+        """Numbers of ``n`` questions of a split, in its own table, chosen once and for all."""
+        if split == "unseen":
+            questions = self.unseen_questions
+            return np.empty(0, np.int64) if questions is None else questions.sample(n, self.seed)
+        everything = self.question_table.sample(len(self.question_table), self.seed)
+        return everything[self._held_out_rows[everything] == (split == "held_out")][:n]
 
-    def val_batches(self, rank: int = 0, world_size: int = 1) -> DialogTokenGenerator:
-        """Held-out questions, sorted by length so that hardly anything is padding."""
-        batches = DialogTokenGenerator(
-            self.val_table,
-            self.batch_size,
-            mask=self.mask,
-            layout="rows",
-            rows=np.argsort(self.val_table.lengths, kind="stable"),
-            shuffle=False,
-            rank=rank,
-            world_size=world_size,
-        )
-        batches.stop = batches.batches_per_epoch
-        return batches
+    def questions(self, split: QuestionSplit = "known", n: int = 512) -> list[Dialogue]:
+        """A fixed sample of questions with the dialogues expected.
+
+        Args:
+            split: about people (facts) trained on, people never seen, or facts held out.
+            n: how many; fewer when there are fewer.
+        """
+        table = self.unseen_questions if split == "unseen" else self.question_table
+        rows = self._rows_of(split, n)
+        return [] if table is None else list(table.dialogues(rows))
+
+    def write_factbase(self, path: str | Path) -> str:
+        """Write the people, unseen ones too, as a DuckDB file; return its fingerprint."""
+        from toolmem.data.factbase import build_factbase
+
+        return build_factbase(self.population, path, unseen=self.unseen_population)
 
     def checkpoint_info(self) -> dict[str, Any]:
-        """Plain data that a checkpoint keeps."""
+        """Plain data that a checkpoint keeps: tokenizer, facts, setting, templates."""
+        population = self.population
         return {
             "tokenizer": self.tokenizer.spec(),
-            "setting": self.setting,
-            "templates": self.templates.spec(),
-            "variants": self.variants,
             "factbase": {
-                "fingerprint": self.fingerprint,
-                "people": len(self.population),
-                "unseen_people": self.unseen_people,
-                "seed": self.seed,
-                "alpha": self.alpha,
+                "fingerprint": self._fingerprint,
+                "people": len(population),
+                "kind": population.kind,
+                "seed": population.seed,
+                "alpha": population.alpha,
+                "relations": population.relations,
+                "source": population.source,
             },
+            "setting": self.setting,
+            "templates": [templates.spec() for templates in self.template_sets],
         }
 
     @cached_property
-    def fingerprint(self) -> str:
-        """Of the training people's facts."""
+    def _fingerprint(self) -> str:
         return self.population.fingerprint()
+
+    # -- batches
+
+    def setup(self, stage: str | None = None) -> None:
+        """Make the people and tokenise what is said about them."""
+        _ = self.table
+
+    def signature(self) -> dict[str, Any]:
+        """What decides which batch is the n-th."""
+        return {
+            "people": self._fingerprint,
+            "templates": [templates.spec()["digest"] for templates in self.template_sets],
+            "tokenizer": self.vocab_size,
+            "seed": self.seed,
+            "attributes": self.attributes,
+            "variants": self.variants,
+            "held_out": self.held_out,
+            "batch_size": self.batch_size,
+            "mask": self.mask,
+            "layout": self.layout,
+            "window": self.window,
+        }
+
+    def _generator(
+        self, table: TokenTable, rows: np.ndarray | None, shuffle: bool
+    ) -> DialogTokenGenerator:
+        rank, world = self.rank_and_world
+        return DialogTokenGenerator(
+            table,
+            self.batch_size,
+            mask=self.mask,
+            layout=self.layout,
+            seq_len=self.seq_len if self.layout == "packed" else None,
+            rows=rows,
+            window=self.window,
+            shuffle=shuffle,
+            seed=self.seed,
+            rank=rank,
+            world_size=world,
+        )
+
+    def train_dataloader(self) -> Any:
+        """The endless training stream, from where a loaded state says."""
+        rows = None
+        if self.held_out:
+            keep = np.ones(len(self.table), bool)
+            keep[: len(self._held_out_rows)] = ~self._held_out_rows
+            rows = np.flatnonzero(keep)
+        generator = self._generator(self.table, rows, shuffle=True)
+        state = self.resume_state()
+        if state is not None:
+            generator.load_state_dict(state)
+        return make_loader(generator, self.num_workers)
+
+    def val_dataloader(self) -> Any:
+        """A fixed sample of questions, in order of length."""
+        split = self.val_split
+        if split is None:
+            split = "unseen" if self.setting == "in_tool" and self.unseen_table else "known"
+            split = "held_out" if self.held_out else split
+        table = self.unseen_table if split == "unseen" else self.table
+        if table is None:
+            raise ToolmemError(
+                "data.val_split is unseen, but there are no unseen people: raise "
+                "data.unseen_people, or validate on known ones"
+            )
+        rows = self._rows_of(split, self.n_val_questions)
+        rows = rows[np.argsort(table.lengths[rows], kind="stable")]
+        generator = self._generator(table, rows, shuffle=False)
+        return HeldOut(generator, generator.batches_per_epoch)

@@ -1,7 +1,7 @@
 """Dialogues as batches, with loss where the assistant speaks.
 
 An epoch shows every dialogue once, in batches whose sizes differ by at most one. Which dialogues
-make batch ``i`` is a function of (seed, i) alone. Three layouts of the same batch give the same loss:
+make batch ``i`` is a function of (seed, i) alone. All layouts of a batch give the same loss:
 
     rows       a dialogue a row, cut at the batch's longest
     bucketed   the same, and dialogues of about the same length meet in a batch (the default: hardly
@@ -138,13 +138,13 @@ class DialogTokenGenerator(IndexedBatches):
     # -- how they lie in a batch
 
     def batch_at(self, index: int) -> Batch:
-        """This rank's share of batch number ``index``."""
+        """The share of this rank of batch number ``index``."""
         chosen = self.share(self.dialogues_at(index))
         starts, lengths = self._starts[chosen], self._lengths[chosen].astype(np.int64)
         state = {"batch": index + 1, "epoch": (index + 1) // self.batches_per_epoch}
         if self.layout == "packed":
             return self._pack(starts, lengths, state)
-        # one gather for tokens and roles; cells past a row's end read its neighbours, then are zeroed
+        # one gather for tokens and roles; cells past a row's end read neighbours, then are zeroed
         steps = self._steps[: int(lengths.max())]
         codes = self.table.codes.take(starts[:, None] + steps, mode="clip")
         codes *= steps < lengths[:, None]

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from toolmem.data.dialogues import Dialogue, QuestionTable, TurnSegments
+from toolmem.data.dialogues import Block, Dialogue, QuestionTable, TurnSegments
 from toolmem.data.tokenizers import ByteTokenizer, Tokenizer
 
 NONE, USER, ASSISTANT, DATABASE = range(4)
@@ -66,11 +66,15 @@ def _marks(before: str, role: str, tokenizer: Tokenizer) -> list[tuple[int, int]
 
 
 class Ragged(NamedTuple):
-    """Many token sequences in one array: sequence i is ``flat[starts[i] : starts[i] + lengths[i]]``."""
+    """Many token sequences: number i is ``flat[starts[i] : starts[i] + lengths[i]]``."""
 
     flat: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
+
+
+# role code, then the same tokens for every question, or sequences and which of them each takes
+Piece = tuple[int, "np.ndarray | Ragged", "np.ndarray | None"]
 
 
 class TokenTable:
@@ -100,7 +104,7 @@ class TokenTable:
         parts: list[np.ndarray] = []
         lengths: list[np.ndarray] = []
         for block in questions.blocks:
-            pieces: list[tuple[int, np.ndarray | Ragged, np.ndarray | None]] = []
+            pieces: list[Piece] = []
             before = "user"
             for turn in block.turns:
                 for token, code in _marks(before, turn.role, tokenizer):
@@ -181,17 +185,17 @@ def _role_shift(dtype: np.dtype) -> int:
 
 
 def _turn_pieces(
-    turn: TurnSegments, block: object, tokenizer: Tokenizer, encoded: dict[str, Ragged]
-) -> list[tuple[int, np.ndarray | Ragged, np.ndarray | None]]:
-    """A turn's text as (role code, constant tokens) and (role code, sequences, which of them) pieces."""
+    turn: TurnSegments, block: Block, tokenizer: Tokenizer, encoded: dict[str, Ragged]
+) -> list[Piece]:
+    """A turn's text as pieces: (role code, the same tokens for all, or sequences and which)."""
     code = ROLE_CODES[turn.role]
-    columns = block.columns  # type: ignore[attr-defined]
+    columns = block.columns
     if all(isinstance(segment, str) for segment in turn.segments):
         text = "".join(str(segment) for segment in turn.segments)
         return [(code, np.array(tokenizer.encode(text), np.int64), None)]
     if isinstance(tokenizer, ByteTokenizer):
         # bytes do not merge: each segment is tokenised alone, each column's values once
-        pieces: list[tuple[int, np.ndarray | Ragged, np.ndarray | None]] = []
+        pieces: list[Piece] = []
         for segment in turn.segments:
             if isinstance(segment, str):
                 pieces.append((code, np.array(tokenizer.encode(segment), np.int64), None))
@@ -205,7 +209,7 @@ def _turn_pieces(
     texts: list[list[str]] = []
     for segment in turn.segments:
         if isinstance(segment, str):
-            texts.append([segment] * len(block))  # type: ignore[arg-type]
+            texts.append([segment] * len(block))
         else:
             column = columns[segment.key]
             texts.append([column.values[i] for i in column.index.tolist()])
@@ -238,15 +242,18 @@ def _encode_texts(texts: list[str], tokenizer: Tokenizer) -> Ragged:
 
 
 def _assemble(
-    pieces: list[tuple[int, np.ndarray | Ragged, np.ndarray | None]],
+    pieces: list[Piece],
     start: int,
     stop: int,
     dtype: np.dtype,
     parts: list[np.ndarray],
     lengths: list[np.ndarray],
 ) -> None:
-    """Append the codes of questions ``start`` to ``stop`` of a block: pieces side by side in a
-    padded matrix, whose filled cells, read row by row, are the dialogues end to end."""
+    """Append the codes of questions ``start`` to ``stop`` of a block.
+
+    Pieces stand side by side in a padded matrix; its filled cells, read row by row, are the
+    dialogues end to end.
+    """
     rows = stop - start
     if rows == 0:
         return
