@@ -125,7 +125,9 @@ def resolve(path: str | Path) -> Path:
     if not path.exists():
         raise ToolmemError(f"no such checkpoint or run folder: {path}")
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    raise ToolmemError(f"no checkpoint in {path}: {_present(folder)}; name a run's folder or a .ckpt")
+    raise ToolmemError(
+        f"no checkpoint in {path}: {_present(folder)}; name a run's folder or a .ckpt"
+    )
 
 
 def run_folder(path: str | Path) -> Path:
@@ -185,7 +187,11 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> LoadedCheckpoi
             f"{tokenizer.vocab_size}: the file was edited or mixed up; use another checkpoint"
         )
     return LoadedCheckpoint(
-        path, model.to(device).eval(), tokenizer, about["data"], int(checkpoint.get("global_step", 0))
+        path,
+        model.to(device).eval(),
+        tokenizer,
+        about["data"],
+        int(checkpoint.get("global_step", 0)),
     )
 
 
@@ -197,7 +203,9 @@ def about_of(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
     """
     about = checkpoint.get(KEY)
     if not isinstance(about, dict) or "model" not in about or "data" not in about:
-        raise ToolmemError(f"{path} is a checkpoint, but not one that toolmem wrote (no key {KEY!r})")
+        raise ToolmemError(
+            f"{path} is a checkpoint, but not one that toolmem wrote (no key {KEY!r})"
+        )
     if about.get("format") != FORMAT:
         raise ToolmemError(
             f"{path} has checkpoint format {about.get('format')}, written by toolmem "

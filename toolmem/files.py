@@ -57,7 +57,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             os.fsync(stream.fileno())
         if target.exists():
             temporary.chmod(target.stat().st_mode & 0o777)
-        os.replace(temporary, target)
+        temporary.replace(target)
     except OSError as error:
         raise explain_os_error(error, target) from error
     finally:

@@ -19,9 +19,12 @@ def read_prompts(path: Path, field: str = "prompt") -> list[str]:
         ToolmemError: naming file and line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): U+2028, U+0085 and their like may stand within a row.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError as error:
-        raise ToolmemError(f'{path} does not exist: give a JSONL file of {{"{field}": "..."}}') from error
+        raise ToolmemError(
+            f'{path} does not exist: give a JSONL file of {{"{field}": "..."}}'
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ToolmemError(f"{path} cannot be read as UTF-8 text: {error}") from error
     texts: list[str] = []
@@ -57,7 +60,7 @@ def completed_rows(path: Path, texts: list[str], field: str = "prompt") -> int:
         raise ToolmemError(f"{path} is not a file: name another --out")
     data = path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
-    rows = whole.decode("utf-8", "replace").splitlines()
+    rows = whole.decode("utf-8", "replace").split("\n")[:-1]
     for number, line in enumerate(rows, start=1):
         try:
             found = json.loads(line).get(field)
@@ -65,8 +68,8 @@ def completed_rows(path: Path, texts: list[str], field: str = "prompt") -> int:
             found = None
         if number > len(texts) or found != texts[number - 1]:
             raise ToolmemError(
-                f"{path}, line {number} is not the answer to {field} {number} of the input: it belongs "
-                "to another call; move it away, or name another --out"
+                f"{path}, line {number} is not the answer to {field} {number} of the input: it "
+                "belongs to another call; move it away, or name another --out"
             )
     if len(whole) != len(data):
         with open(path, "r+b") as stream:

@@ -1,8 +1,8 @@
 """A trained run in three lines: load it, ask it, look at what it said.
 
-    run = toolmem.load("runs/demo/in_tool")
-    reply = run.ask("When was Ann Smith born?")
-    print(reply.answer)
+run = toolmem.load("runs/demo/in_tool")
+reply = run.ask("When was Ann Smith born?")
+print(reply.answer)
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ class Run:
         """
         templates = self.checkpoint.data.get("templates")
         if templates is None:
-            raise ToolmemError(f"{self.checkpoint.path} was not trained on facts: it has no questions")
+            raise ToolmemError(
+                f"{self.checkpoint.path} was not trained on facts: it has no questions"
+            )
         if self.factbase is None:
             raise ToolmemError(
                 f"the run of {self.checkpoint.path} has no {FACTBASE}: name one by --factbase FILE"
@@ -101,11 +103,18 @@ class Run:
     def prompt(self, question: str) -> list[int]:
         """A question's tokens, up to where the assistant begins to speak."""
         if not self.tokenizer.role_ids:
-            raise ToolmemError(f"{self.checkpoint.path} was not trained on dialogues: it takes no question")
+            raise ToolmemError(
+                f"{self.checkpoint.path} was not trained on dialogues: it takes no question"
+            )
         return prompt_tokens(question, self.tokenizer)
 
     def ask(
-        self, question: str, *, sampler: Sampler | None = None, max_new_tokens: int = 256, seed: int = 0
+        self,
+        question: str,
+        *,
+        sampler: Sampler | None = None,
+        max_new_tokens: int = 256,
+        seed: int = 0,
     ) -> Reply:
         """Ask one question.
 
@@ -148,7 +157,12 @@ class Run:
         return Reply(turns[-1][1] if turns else "", turns)
 
     def stream(
-        self, question: str, *, sampler: Sampler | None = None, max_new_tokens: int = 256, seed: int = 0
+        self,
+        question: str,
+        *,
+        sampler: Sampler | None = None,
+        max_new_tokens: int = 256,
+        seed: int = 0,
     ) -> Iterator[tuple[int, int]]:
         """(token, role code) as they come, after the prompt; arguments as `ask`."""
         for event in stream(

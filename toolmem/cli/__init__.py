@@ -16,7 +16,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "test": ("toolmem.cli.fit", "test loss of a checkpoint"),
     "predict": ("toolmem.cli.fit", "log-probability of every token of the held-out data"),
     "generate": ("toolmem.cli.generate", "ask a trained model, tools in the loop"),
-    "evaluate": ("toolmem.cli.evaluate", "recall of a trained model, with exact counts and intervals"),
+    "evaluate": (
+        "toolmem.cli.evaluate",
+        "recall of a trained model, with exact counts and intervals",
+    ),
     "facts": ("toolmem.cli.facts", "build a factbase, or show one"),
     "tool": ("toolmem.cli.tool", "try a tool by hand"),
     "tokenizer": ("toolmem.cli.tokenizer", "train a BPE tokenizer"),
@@ -65,7 +68,9 @@ def main(argv: list[str] | None = None) -> int:
 
             near = difflib.get_close_matches(command, COMMANDS, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
-            raise ToolmemError(f"unknown command {command!r}: {hint}`toolmem --help` lists them all")
+            raise ToolmemError(
+                f"unknown command {command!r}: {hint}`toolmem --help` lists them all"
+            )
         return importlib.import_module(COMMANDS[command][0]).main(command, rest) or 0
     except ToolmemError as error:
         if os.environ.get("TOOLMEM_DEBUG"):
@@ -77,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         # whoever read our output has gone (`toolmem … | head`): nothing is wrong here
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 

@@ -132,7 +132,7 @@ def demo(
     folder = Path(runs) / "demo"
     seconds = train_all(todo, runs, seed, max(1, workers))
     results = [examine(part, folder, questions, seconds[part.name]) for part in todo]
-    results.sort(key=lambda result: [FEW, MANY].index(result["people"]) * 2 + (result["setting"] == "in_tool"))
+    results.sort(key=lambda result: (result["setting"] == "in_tool", result["people"]))
     show(results)
     report = folder / "report.html"
     write(results, report, seed, workers)
@@ -142,9 +142,8 @@ def demo(
 
 def train_all(todo: Sequence[Part], runs: str, seed: int, workers: int) -> dict[str, float]:
     """Train every part, ``workers`` at a time; seconds by name."""
-    from rich import progress
-
     import yaml
+    from rich import progress
 
     columns = (
         progress.TextColumn("{task.description:<24}"),
@@ -224,7 +223,9 @@ def examine(part: Part, folder: Path, questions: int, seconds: float) -> dict[st
     from toolmem.run import load
     from toolmem.training.loggers import read_rows
 
-    stderr().print(f"asking {part.title}: {questions} questions on known people, {questions} on unseen")
+    stderr().print(
+        f"asking {part.title}: {questions} questions on known people, {questions} on unseen"
+    )
     run = load(folder / part.name)
     recall: dict[str, Any] = {}
     dialogues: dict[str, Any] = {}

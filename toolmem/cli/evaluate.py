@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolmem.cli.functions import call
@@ -101,7 +100,9 @@ def show(results: dict[str, RecallResult]) -> None:
     table.add_column("attribute")
     for split in results:
         table.add_column(f"{split} people", justify="right")
-    attributes = list(dict.fromkeys(name for result in results.values() for name in result.attributes))
+    attributes = list(
+        dict.fromkeys(name for result in results.values() for name in result.attributes)
+    )
     for name in attributes:
         table.add_row(name, *(cell(result.attributes.get(name)) for result in results.values()))
     table.add_section()

@@ -31,8 +31,8 @@ def call(
     Raises:
         ToolmemError: when the words do not fit the signature.
     """
-    from jsonargparse import ArgumentError, ArgumentParser
     from docstring_parser import parse as parse_docstring
+    from jsonargparse import ArgumentError, ArgumentParser
 
     doc = parse_docstring(inspect.getdoc(function) or "")
     parser = ArgumentParser(
@@ -80,7 +80,9 @@ def choose(
             print(f"  {name:<8} {summary}\n{'':11}example: {example}")
         return None
     if argv[0] not in functions:
-        raise ToolmemError(f"unknown {prog} command {argv[0]!r}: choose from {', '.join(functions)}")
+        raise ToolmemError(
+            f"unknown {prog} command {argv[0]!r}: choose from {', '.join(functions)}"
+        )
     function, positional, example = functions[argv[0]]
     return call(
         function, argv[1:], prog=f"{prog} {argv[0]}", positional=positional, example=example

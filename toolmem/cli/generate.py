@@ -114,12 +114,12 @@ def answer_file(
                 seeds = [seed + start + i for i in range(len(chunk))]
                 for question, generated in zip(
                     chunk,
-                    run.ask_many(
-                        chunk, sampler=sampler, max_new_tokens=max_new_tokens, seed=seeds
-                    ),
+                    run.ask_many(chunk, sampler=sampler, max_new_tokens=max_new_tokens, seed=seeds),
                     strict=True,
                 ):
-                    stream.write(json.dumps(row(run, question, generated), ensure_ascii=False) + "\n")
+                    stream.write(
+                        json.dumps(row(run, question, generated), ensure_ascii=False) + "\n"
+                    )
                 stream.flush()
                 bar.advance(task, len(chunk))
     except OSError as error:

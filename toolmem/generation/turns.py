@@ -16,9 +16,7 @@ def split_turns(tokens: Sequence[int], tokenizer: Tokenizer) -> list[tuple[str, 
         tokens: a dialogue, finished or not.
         tokenizer: has the role tokens.
     """
-    speakers = {
-        tokenizer.role_ids[role]: role for role in ("user", "assistant", "database")
-    }
+    speakers = {tokenizer.role_ids[role]: role for role in ("user", "assistant", "database")}
     end = tokenizer.role_ids["end"]
     turns: list[tuple[str, list[int]]] = []
     for token in tokens:

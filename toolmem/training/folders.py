@@ -1,0 +1,124 @@
+"""A run's folder: what lies in it, and how a run finds its own checkpoint again.
+
+runs/NAME/
+  config.yaml        complete, reruns as it is
+  environment.json   versions and hardware (an allow-list: nothing of the user's environment)
+  metrics.csv        every metric by step
+  checkpoints/       last.ckpt, best.ckpt; each rebuilds its model alone
+  samples/           dialogues that the model had while it was trained
+  facts.duckdb       the facts it was trained on, for the tool
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from toolmem import checkpoints
+from toolmem.errors import ToolmemError
+from toolmem.files import explain_os_error, write_json
+
+PACKAGES = (
+    "toolmem",
+    "torch",
+    "lightning",
+    "torchmetrics",
+    "jsonargparse",
+    "tokenizers",
+    "duckdb",
+    "jinja2",
+    "numpy",
+    "pyarrow",
+)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware that a result depends on."""
+    import torch
+
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "processor": processor_name(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "packages": versions,
+    }
+
+
+def processor_name() -> str:
+    """The processor's own name where Linux tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run's folder.
+
+    Args:
+        path: ``runs/NAME``.
+    """
+
+    path: Path
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """The newest checkpoint's file."""
+        return self.path / "checkpoints" / "last.ckpt"
+
+    def checkpoint_to_resume(
+        self, ckpt_path: str | None, resume: Literal["auto", "never"]
+    ) -> str | None:
+        """The checkpoint that training starts from; None starts anew.
+
+        Args:
+            ckpt_path: what the user named: a file, a run's folder, ``last``, or nothing.
+            resume: ``auto`` goes on where the run stopped; ``never`` refuses to touch a run that exists.
+
+        Raises:
+            ToolmemError: when the named file is missing, or the run exists and was not to be resumed.
+        """
+        if ckpt_path not in (None, "last"):
+            return str(checkpoints.resolve(str(ckpt_path)))
+        if not self.last_checkpoint.is_file():
+            return None
+        if ckpt_path == "last" or resume == "auto":
+            return str(self.last_checkpoint)
+        raise ToolmemError(
+            f"the run {self.path} exists already: go on with it by --resume auto, or give this one "
+            "another --name"
+        )
+
+    def prepare(self) -> None:
+        """Make the folder, and find out now whether it can be written.
+
+        Raises:
+            ToolmemError: when it cannot.
+        """
+        try:
+            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise ToolmemError(
+                f"{self.path} is a file, not a run's folder: choose another --name or --runs"
+            ) from error
+        except OSError as error:
+            raise explain_os_error(error, self.path) from error
+        write_json(self.path / "environment.json", environment())
