@@ -199,7 +199,9 @@ def test_hashed_numbers_equal_splitmix64_written_plainly():
 
     mask = (1 << 64) - 1
     start = int.from_bytes(hashlib.sha256(b"9/here").digest()[:8], "little")
-    for index, value in zip((0, 5, 169_555), uniform(9, "here", np.array([0, 5, 169_555])), strict=True):
+    for index, value in zip(
+        (0, 5, 169_555), uniform(9, "here", np.array([0, 5, 169_555])), strict=True
+    ):
         x = (start + (index + 1) * 0x9E3779B97F4A7C15) & mask
         x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
         x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask

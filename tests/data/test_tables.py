@@ -152,3 +152,14 @@ def test_a_database_must_say_which_table_holds_the_people(tmp_path):
     with duckdb.connect(str(path)) as connection:
         connection.execute("ALTER TABLE b RENAME TO people")
     assert load_population(path).names == ["B"]
+
+
+def test_a_damaged_page_is_noticed(tmp_path):
+    path = tmp_path / "facts.duckdb"
+    build_factbase(make_population(5000), path)
+    content = bytearray(path.read_bytes())
+    for at in range(20_000, len(content), 5_000):
+        content[at] ^= 0xFF
+    path.write_bytes(content)
+    with pytest.raises(ToolmemError, match=r"facts\.duckdb"):
+        load_population(path)

@@ -234,7 +234,7 @@ class TemplateSet:
                 # A set of one's own must fit; a built-in one serves any table as far as it can.
                 if not self.builtin:
                     raise
-                refused = error
+                refused = refused or error
             else:
                 chosen.append(template)
         asked = {template.name for template in chosen}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolmem.data.people import Population
-from toolmem.data.queries import escape
+from toolmem.data.queries import escape, identifier
 from toolmem.errors import ToolmemError
 
 if TYPE_CHECKING:
@@ -251,30 +251,35 @@ def _read_duckdb(path: Path) -> tuple[Columns, dict[str, str]]:
     import duckdb
 
     try:
-        connection = attach_duckdb(path)
+        with attach_duckdb(path) as connection:
+            return _read_people(connection, path)
     except duckdb.Error as error:
-        raise ToolmemError(f"people: {path} is not a whole DuckDB file: {error}") from error
-    with connection:
-        found = connection.execute(
-            "SELECT table_name FROM duckdb_tables() WHERE database_name = 'facts' "
-            "AND schema_name = 'main'"
-        ).fetchall()
-        tables = [str(row[0]) for row in found]
-        candidates = [table for table in tables if table != "meta"]
-        if "people" not in tables and len(candidates) != 1:
-            raise ToolmemError(
-                f"people: {path} has no table 'people' (tables: {', '.join(tables) or 'none'}); "
-                "name one so"
-            )
-        table = "people" if "people" in tables else candidates[0]
-        result = connection.execute('SELECT * FROM "{}"'.format(table.replace('"', '""')))
-        names = [str(column[0]) for column in result.description or []]
-        rows = result.fetchall()
-        meta: dict[str, str] = {}
-        if "meta" in tables and "people" in tables:
-            try:
-                meta = dict(connection.execute("SELECT key, value FROM meta").fetchall())
-            except duckdb.Error:
-                meta = {}  # the user's own table that happens to be called meta
+        reason = str(error).splitlines()[0]
+        raise ToolmemError(
+            f"people: {path} is not a whole DuckDB file, or another process writes it: {reason}"
+        ) from error
+
+
+def _read_people(
+    connection: duckdb.DuckDBPyConnection, path: Path
+) -> tuple[Columns, dict[str, str]]:
+    found = connection.execute(
+        "SELECT table_name, list(column_name) FROM duckdb_columns() "
+        "WHERE database_name = 'facts' AND schema_name = 'main' GROUP BY table_name"
+    ).fetchall()
+    tables = {str(name): columns for name, columns in found}
+    candidates = [table for table in tables if table != "meta"]
+    if "people" not in tables and len(candidates) != 1:
+        raise ToolmemError(
+            f"people: {path} has no table 'people' (tables: {', '.join(sorted(tables)) or 'none'}); "
+            "name one so"
+        )
+    table = "people" if "people" in tables else candidates[0]
+    result = connection.execute(f"SELECT * FROM {identifier(table)}")
+    names = [str(column[0]) for column in result.description or []]
+    rows = result.fetchall()
     columns = {key: [_text(row[i]) for row in rows] for i, key in enumerate(names)}
-    return columns, meta if "fingerprint" in meta else {}
+    meta: dict[str, str] = {}
+    if set(tables.get("meta", ())) == {"key", "value"}:
+        meta = dict(connection.execute("SELECT key, value FROM meta").fetchall())
+    return columns, meta if "fingerprint" in meta and table == "people" else {}
