@@ -6,8 +6,8 @@ import threading
 
 import duckdb
 import pytest
+from people_file import COLUMNS, PEOPLE, write_people
 
-from tests.tools.conftest import COLUMNS, PEOPLE, write_people
 from toolmem.errors import ToolmemError
 from toolmem.tools import SqlTool, Toolbox
 

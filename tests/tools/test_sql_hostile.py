@@ -7,8 +7,8 @@ import unicodedata
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from people_file import COLUMNS, PEOPLE, write_people
 
-from tests.tools.conftest import COLUMNS, PEOPLE, write_people
 from toolmem.tools import SqlTool
 
 SECRET = "hunter2-the-secret"
