@@ -72,7 +72,9 @@ class TextDataModule(StatefulDataModule):
         super().__init__()
         path = path or os.environ.get("TOOLMEM_DATA")
         if not path:
-            raise ToolmemError(f"data.path is not set: {WHERE_FROM}")
+            raise ToolmemError(
+                f"data.path is not set: set --data.path, or the variable TOOLMEM_DATA; {WHERE_FROM}"
+            )
         if train_tokenizer is not None and tokenizer != "byte":
             raise ToolmemError(
                 f"data.tokenizer is {tokenizer} and data.train_tokenizer {train_tokenizer}: set one"

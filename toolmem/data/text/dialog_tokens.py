@@ -148,6 +148,7 @@ class DialogTokenGenerator(IndexedBatches):
         steps = self._steps[: int(lengths.max())]
         codes = self.table.codes.take(starts[:, None] + steps, mode="clip")
         codes *= steps < lengths[:, None]
+        # (a shorter dialogue's last token stays as an input; its target is padding, without loss)
         return self._batch(
             codes[:, :-1], codes[:, 1:], None, int(lengths.sum()) - len(lengths), state
         )

@@ -24,8 +24,7 @@ _SPLIT_STEPS = 1 << 20
 WHERE_FROM = (
     "text comes as .txt, .jsonl or .parquet files: a file, a folder, a glob or a list of them, or "
     "hf://OWNER/DATASET. For a first try take Shakespeare (input.txt of karpathy/char-rnn on "
-    "GitHub) or shards of HuggingFaceTB/smollm-corpus on the Hugging Face hub. Set --data.path "
-    "or the variable TOOLMEM_DATA"
+    "GitHub) or shards of HuggingFaceTB/smollm-corpus on the Hugging Face hub"
 )
 
 
