@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,7 +58,7 @@ class ToolmemCLI(LightningCLI):
                 subclass_mode_data=True,
                 save_config_callback=RunConfig,
                 save_config_kwargs={"overwrite": True},
-                trainer_defaults=TRAINER_DEFAULTS | {"callbacks": [Throughput(), Progress()]},
+                trainer_defaults=TRAINER_DEFAULTS,
                 seed_everything_default=0,
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
@@ -105,14 +106,19 @@ class ToolmemCLI(LightningCLI):
         for key, owner in (("logger", "logger"), ("default_root_dir", "runs and name")):
             if settings.trainer.get(key) not in (None, False):
                 raise ToolmemError(f"trainer.{key} is set by toolmem itself: use {owner} instead")
+        if settings.model.model.get("init_args", {}).get("vocab_size") is not None:
+            raise ToolmemError(
+                "model.model.init_args.vocab_size is decided by the data (its tokenizer): leave it out"
+            )
         check_precision(settings.trainer.precision, settings.trainer.accelerator)
         # Settled here and kept in config.yaml, so that it reruns as it is. What depends on this very
         # call (the folder's path, the checkpoint) is handed to the trainer and not kept.
         settings.name = settings.name or self._recipe_name()
-        self.folder = RunFolder(Path(settings.runs) / settings.name)
+        self.folder = RunFolder.of(settings.runs, settings.name)
         self.checkpoint: str | None = None
         if self.command == "fit":
             self.checkpoint = self.folder.checkpoint_to_resume(settings.ckpt_path, settings.resume)
+            self._there_before = self.folder.contents()
             self.folder.prepare()
         elif settings.get("ckpt_path"):
             self.checkpoint = str(checkpoints.resolve(settings.ckpt_path))
@@ -126,10 +132,44 @@ class ToolmemCLI(LightningCLI):
         return Path(str(configs[-1])).stem if configs else "run"
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """The trainer, with the run's loggers."""
-        return super().instantiate_trainer(
-            logger=self._loggers() or False, default_root_dir=str(self.folder.path), **kwargs
-        )
+        """The trainer, with the run's loggers, and callbacks that every run has."""
+        chosen = self.settings.trainer
+        callbacks: list[pl.Callback] = [] if chosen.get("barebones") else [Throughput()]
+        if chosen.get("enable_progress_bar") is not False and callbacks:
+            callbacks.append(Progress())
+        self.trainer_defaults = {**self.trainer_defaults, "callbacks": callbacks}
+        loggers = self._loggers()
+        try:
+            return super().instantiate_trainer(
+                logger=loggers or False, default_root_dir=str(self.folder.path), **kwargs
+            )
+        except ToolmemError:
+            raise
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            about = ", ".join(f"{key} {chosen.get(key)}" for key in ("accelerator", "devices"))
+            raise ToolmemError(f"trainer ({about}): {error}") from error
+
+    def instantiate_classes(self) -> None:
+        """Build data, model and trainer; what a constructor refuses is told in its own words."""
+        with self._leaving_nothing():
+            try:
+                super().instantiate_classes()
+            except ValueError as error:
+                raise _origin(error) from None
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with self._leaving_nothing():
+            super()._run_subcommand(subcommand)
+
+    @contextmanager
+    def _leaving_nothing(self) -> Iterator[None]:
+        """Should the run be refused before it trained, take back what was written of it."""
+        try:
+            yield
+        except (ToolmemError, MisconfigurationException, OSError):
+            if self.command == "fit":
+                self.folder.take_back(self._there_before)
+            raise
 
     def _loggers(self) -> list[Any]:
         if self.command != "fit":
@@ -145,7 +185,14 @@ class ToolmemCLI(LightningCLI):
         return super()._prepare_subcommand_kwargs(subcommand) | {"ckpt_path": self.checkpoint}
 
     def before_fit(self) -> None:
-        """Keep the facts beside the run, so that its tool can be asked afterwards."""
+        """Refuse rows that the model cannot take; keep the facts beside the run, for its tool."""
+        longest = getattr(self.datamodule, "seq_len", None)
+        model = self.model.model
+        if longest is not None and longest > model.max_seq_len:
+            raise ToolmemError(
+                f"the data has rows of {longest} tokens, model.model.init_args.max_seq_len is "
+                f"{model.max_seq_len}: raise it, or make the rows shorter (data.init_args.seq_len)"
+            )
         write_factbase = getattr(self.datamodule, "write_factbase", None)
         if write_factbase is not None and self.trainer.is_global_zero:
             write_factbase(self.folder.path / "facts.duckdb")
@@ -159,6 +206,24 @@ class RunConfig(SaveConfigCallback):
         if stage == "fit" and trainer.is_global_zero:
             text = self.parser.dump(self.config, skip_none=False)
             write_text(Path(trainer.default_root_dir) / "config.yaml", text)
+
+
+def _hint(message: str) -> str:
+    """What to do about a key that other LightningCLIs have, and ours has elsewhere."""
+    for key, place in (("optimizer", "model.optimizer"), ("lr_scheduler", "model.schedule")):
+        if f"does not accept option '{key}" in message:
+            return f": the one place for it is {place}"
+    return ""
+
+
+def _origin(error: ValueError) -> ValueError:
+    """The error that a constructor raised, out of those that jsonargparse has wrapped it in."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ToolmemError):
+            return cause
+        cause = cause.__cause__
+    return error
 
 
 def be_quiet() -> None:
@@ -189,7 +254,9 @@ def run(command: str, arguments: Sequence[str] | dict[str, Any]) -> ToolmemCLI:
     try:
         return ToolmemCLI(command, arguments)
     except ArgumentError as error:
-        raise ToolmemError(f"{plain(error)}\n`toolmem {command} --help` shows every key") from error
+        raise ToolmemError(
+            f"{plain(error)}{_hint(str(error))}\n`toolmem {command} --help` shows every key"
+        ) from error
     except MisconfigurationException as error:
         raise ToolmemError(str(error)) from error
     except OSError as error:

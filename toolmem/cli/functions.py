@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
+import importlib
 import inspect
 import io
+import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from toolmem.errors import ToolmemError
 
@@ -49,7 +53,10 @@ def call(
         extra: dict[str, Any] = (
             {"nargs": "?", "default": parameters[name].default} if optional else {}
         )
-        parser.add_argument(name, type=hints[name], help=texts.get(name), **extra)
+        kind = hints[name]
+        if get_origin(kind) is list:  # several words: `train a.txt b.txt`
+            kind, extra = get_args(kind)[0], {"nargs": "*" if optional else "+"}
+        parser.add_argument(name, type=kind, help=texts.get(name), **extra)
     parser.add_function_arguments(function, skip=set(positional), as_positional=False)
     try:
         config = parser.parse_args(list(argv))
@@ -90,8 +97,83 @@ def choose(
 
 
 def plain(error: BaseException) -> str:
-    """A jsonargparse error as one plain message, without the repeats of its nested causes."""
-    return str(error).strip()
+    """A jsonargparse error as one plain line: the key, and what is wrong with its value.
+
+    jsonargparse nests a line for every level it went down, and lists every type of a union that the
+    value failed to be; what helps is the whole key and the innermost reason.
+    """
+    return "; ".join(dict.fromkeys(_reasons(str(error).strip().splitlines(), "")))
+
+
+KEY = re.compile(r"""Parser key "(?P<key>.*)":$""")
+CLASS = re.compile(r"Problem with given class_path '(?P<path>.*)':$")
+EXPECTED = re.compile(r"Expected a (?P<type>.*?)(?:\. Got value: (?P<value>.*))?$", re.DOTALL)
+NO_OPTION = re.compile(r"(?:Option|Key) '(?P<key>.*)' is not (?:accepted|expected).*")
+NO_CLASS = re.compile(r"module '(?P<module>[\w.]+)' has no attribute '(?P<name>\w+)'$")
+
+
+def _reasons(lines: list[str], key: str) -> list[str]:
+    """The innermost reasons of a nested message, each with its whole key."""
+    first, rest = lines[0], _dedent(lines[1:])
+    if rest and (match := KEY.match(first)):
+        return _reasons(rest, _join(key, match["key"]))
+    if rest and (match := CLASS.match(first)):
+        missing = NO_CLASS.match(rest[0])
+        if missing:
+            return [f"{_join(key, 'class_path')}: {_no_such_class(missing)}"]
+        return _reasons(rest, _join(key, "init_args"))
+    if first.startswith("Does not validate against any of the Union subtypes"):
+        return _union(lines, key)
+    if match := NO_OPTION.match(first):
+        return [f"{_join(key, match['key'])}: there is no such key"]
+    if match := EXPECTED.match("\n".join(lines)):
+        got = "" if match["value"] is None else f", not {match['value']}"
+        return [f"{key}: expected {_type_name(match['type'])}{got}".removeprefix(": ")]
+    text = "\n".join(line.rstrip() for line in lines)
+    return [f"{key}: {text}" if key and not text.startswith(key) else text]
+
+
+def _union(lines: list[str], key: str) -> list[str]:
+    """Of the types that a value could have been, the reason of the one it was meant for."""
+    begin = next((i for i, line in enumerate(lines) if line.strip() == "Errors:"), 0)
+    end = next((i for i, line in enumerate(lines) if line.startswith("Given value type:")), None)
+    value = next((line for line in lines if line.startswith("Given value: ")), "")
+    items: list[list[str]] = []
+    for line in lines[begin + 1 : end]:
+        if line.startswith("  - "):
+            items.append([line[4:]])
+        elif items:
+            items[-1].append(line[4:])
+    deeper = [item for item in items if not EXPECTED.match(item[0])]
+    if deeper:
+        return [reason for item in deeper for reason in _reasons(item, key)]
+    types = [match["type"] for item in items if (match := EXPECTED.match(item[0]))]
+    wanted = " or ".join(dict.fromkeys(_type_name(name) for name in types))
+    given = value.removeprefix("Given value: ")[:200]
+    return [f"{key}: expected {wanted}, not {given}".removeprefix(": ")]
+
+
+def _dedent(lines: list[str]) -> list[str]:
+    return textwrap.dedent("\n".join(lines)).splitlines()
+
+
+def _join(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
+
+
+def _type_name(text: str) -> str:
+    if match := re.match(r"<class '(?:.*\.)?(\w+)'>", text):
+        return {"NoneType": "null"}.get(match[1], match[1])
+    if match := re.match(r"typing\.Literal\[(.*)\]", text):
+        return f"one of {match[1]}" if "," in match[1] else match[1]
+    return text
+
+
+def _no_such_class(match: re.Match[str]) -> str:
+    names = [n for n in dir(importlib.import_module(match["module"])) if not n.startswith("_")]
+    near = difflib.get_close_matches(match["name"], names, n=1)
+    hint = f": did you mean {match['module']}.{near[0]}?" if near else ""
+    return f"{match['module']} has no {match['name']}{hint}"
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ runs/NAME/
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -34,6 +35,8 @@ PACKAGES = (
     "numpy",
     "pyarrow",
 )
+
+OWN_FILES = ["config.yaml", "environment.json", "facts.duckdb"]  # written before the first step
 
 
 def environment() -> dict[str, Any]:
@@ -79,6 +82,25 @@ class RunFolder:
 
     path: Path
 
+    @classmethod
+    def of(cls, runs: str | Path, name: str) -> RunFolder:
+        """The folder of a run.
+
+        Args:
+            runs: the folder of all runs.
+            name: the run's name; slashes make folders within ``runs``.
+
+        Raises:
+            ToolmemError: for a name that is empty, or leads out of ``runs``.
+        """
+        parts = Path(name).parts
+        if not parts or ".." in parts or Path(name).is_absolute() or "\0" in name:
+            raise ToolmemError(
+                f"name: {name!r} is not the name of a folder within {runs}: choose another --name; "
+                "--runs says where all runs are kept"
+            )
+        return cls(Path(runs) / name)
+
     @property
     def last_checkpoint(self) -> Path:
         """The newest checkpoint's file."""
@@ -106,6 +128,28 @@ class RunFolder:
             f"the run {self.path} exists already: go on with it by --resume auto, or give this one "
             "another --name"
         )
+
+    def contents(self) -> set[Path]:
+        """Everything in the folder, itself included; nothing when it does not exist."""
+        return {self.path, *self.path.rglob("*")} if self.path.is_dir() else set()
+
+    def take_back(self, before: set[Path]) -> None:
+        """Remove what a run that never trained has written; one that trained keeps everything.
+
+        Args:
+            before: the folder's `contents` when the run began.
+        """
+        new = sorted(
+            self.contents() - before, reverse=True
+        )  # what lies within a folder comes first
+        if any(path.suffix == ".ckpt" or path.name == "metrics.csv" for path in new):
+            return
+        for path in new:
+            if path.is_dir():
+                with contextlib.suppress(OSError):  # not empty: something of another's
+                    path.rmdir()
+            elif path.name in OWN_FILES:
+                path.unlink()
 
     def prepare(self) -> None:
         """Make the folder, and find out now whether it can be written.
