@@ -70,7 +70,7 @@ folder. Options come from YAML (`--config FILE`, several are merged) and from th
 | `--config FILE` | a recipe |
 | `--name NAME` | the run's name; its folder is `RUNS/NAME`; the recipe's name by default |
 | `--runs FOLDER` | the folder of all runs; `runs` by default |
-| `--resume auto\\|never` | `auto` goes on from the run's last checkpoint where there is one; `never`, the default, refuses a run that exists |
+| `--resume auto` | go on from the run's last checkpoint where there is one; `never`, the default, refuses |
 | `--logger csv\\|wandb\\|tensorboard` | where metrics go beside `metrics.csv`, which is always written |
 | `--seed_everything N` | seed of weights and of everything random in training |
 | `--ckpt_path PATH` | a checkpoint or a run's folder |
@@ -91,6 +91,8 @@ def kind_of(hint: Any) -> str:
         return " | ".join(kind_of(one) for one in inner)
     if origin is not None:
         return f"{origin.__name__}[{', '.join(kind_of(one) for one in inner)}]"
+    if hint is Ellipsis:
+        return "..."
     return "null" if hint is type(None) else getattr(hint, "__name__", str(hint))
 
 
