@@ -180,7 +180,15 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> LoadedCheckpoi
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise ToolmemError(f"the weights in {path} do not fit its own model: {error}") from error
-    tokenizer = tokenizer_from_spec(about["data"]["tokenizer"])
+    try:
+        tokenizer = tokenizer_from_spec(about["data"]["tokenizer"])
+    except ToolmemError as error:
+        raise ToolmemError(f"{path}: {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ToolmemError(
+            f"{path} does not say which tokenizer its model was trained with: the file was edited; "
+            "use another checkpoint"
+        ) from error
     if tokenizer.vocab_size != model.vocab_size:
         raise ToolmemError(
             f"{path}: its model has vocab_size {model.vocab_size}, its tokenizer "

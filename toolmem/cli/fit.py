@@ -56,7 +56,7 @@ class ToolmemCLI(LightningCLI):
                 LanguageModelModule,
                 pl.LightningDataModule,
                 subclass_mode_data=True,
-                save_config_callback=RunConfig,
+                save_config_callback=RunFiles,
                 save_config_kwargs={"overwrite": True},
                 trainer_defaults=TRAINER_DEFAULTS,
                 seed_everything_default=0,
@@ -185,7 +185,7 @@ class ToolmemCLI(LightningCLI):
         return super()._prepare_subcommand_kwargs(subcommand) | {"ckpt_path": self.checkpoint}
 
     def before_fit(self) -> None:
-        """Refuse rows that the model cannot take; keep the facts beside the run, for its tool."""
+        """Refuse rows that the model cannot take."""
         longest = getattr(self.datamodule, "seq_len", None)
         model = self.model.model
         if longest is not None and longest > model.max_seq_len:
@@ -193,17 +193,27 @@ class ToolmemCLI(LightningCLI):
                 f"the data has rows of {longest} tokens, model.model.init_args.max_seq_len is "
                 f"{model.max_seq_len}: raise it, or make the rows shorter (data.init_args.seq_len)"
             )
-        write_factbase = getattr(self.datamodule, "write_factbase", None)
-        if write_factbase is not None and self.trainer.is_global_zero:
-            write_factbase(self.folder.path / "facts.duckdb")
 
 
-class RunConfig(SaveConfigCallback):
-    """Keeps the complete config in the run's folder, in one step."""
+class RunFiles(SaveConfigCallback):
+    """Keeps the complete config and the facts in the run's folder.
+
+    Not sooner than a checkpoint to go on from was accepted: one that is refused must leave the
+    files of its run as they were.
+    """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Write ``config.yaml`` when training starts."""
-        if stage == "fit" and trainer.is_global_zero:
+        """Nothing yet."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write ``facts.duckdb``, so that the model's tool can be asked in training and after."""
+        write_factbase = getattr(trainer.datamodule, "write_factbase", None)  # type: ignore[attr-defined]
+        if write_factbase is not None and trainer.is_global_zero:
+            write_factbase(Path(trainer.default_root_dir) / "facts.duckdb")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write ``config.yaml``."""
+        if trainer.is_global_zero:
             text = self.parser.dump(self.config, skip_none=False)
             write_text(Path(trainer.default_root_dir) / "config.yaml", text)
 

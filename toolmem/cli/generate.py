@@ -103,6 +103,8 @@ def answer_file(
     run: Run, prompts: Path, out: Path, sampler: Sampler, max_new_tokens: int, seed: int
 ) -> None:
     """Answer every row of a JSONL file, in order, going on where an earlier call was killed."""
+    if out.resolve() == prompts.resolve():
+        raise ToolmemError(f"--out {out} is the file of prompts itself: name another")
     questions = read_prompts(prompts)
     done = completed_rows(out, questions)
     try:
