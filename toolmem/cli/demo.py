@@ -50,7 +50,7 @@ class Part:
 
 def parts(steps: int | None) -> tuple[Part, ...]:
     """The three models, on a full or a cut-down budget."""
-    few, many = (steps, steps) if steps else (1500, 3000)
+    few, many = (steps, steps) if steps else (1500, 4000)
     return (
         Part("in_tool", "in-tool, 4,096 people", "in_tool", MANY, many),
         Part("in_weight_few", "in-weight, 64 people", "in_weight", FEW, few),
