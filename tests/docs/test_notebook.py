@@ -24,13 +24,21 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
     notebook.cells = cells
     began = time.perf_counter()
     client = NotebookClient(
-        notebook, timeout=200, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+        notebook,
+        timeout=200,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(tmp_path)}},
     )
     client.execute()
     seconds = time.perf_counter() - began
     recall = eval(cells[-1]["outputs"][0]["text"])
     assert recall["known"] > 0.5 > recall["unseen"], recall
-    plots = [out for cell in cells for out in cell.get("outputs", ()) if "image/png" in out.get("data", {})]
+    plots = [
+        out
+        for cell in cells
+        for out in cell.get("outputs", ())
+        if "image/png" in out.get("data", {})
+    ]
     assert len(plots) == 1
     assert seconds < 180, f"{seconds:.0f} s: the notebook is meant to take under 60 s on one core"
 
