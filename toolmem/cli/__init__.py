@@ -77,6 +77,8 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"toolmem {command}: {error}", file=sys.stderr)
         return 2
+    except SystemExit as leaving:  # --help and --print_config end so
+        return leaving.code if isinstance(leaving.code, int) else 0
     except KeyboardInterrupt:
         print(f"\ntoolmem {command}: interrupted", file=sys.stderr)
         return 130

@@ -1,0 +1,76 @@
+"""``toolmem evaluate``: exact counts, per attribute, on known and unseen people."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import toolmem as package
+from toolmem.cli import evaluate as command
+from toolmem.data import ATTRIBUTES
+from toolmem.evaluation import Score, measure_recall
+
+
+@pytest.mark.parametrize("setting", ["in_weight", "in_tool"])
+def test_counts(setting, runs, tmp_path, toolmem):
+    out = tmp_path / "results.json"
+    called = toolmem(
+        "evaluate", "--checkpoint", runs / setting, "--tasks", "recall", "--out", out
+    )  # fmt: skip
+    assert called.code == 0
+    results = json.loads(out.read_text())
+    assert results["step"] == 6
+    for split, people in (("known", 12), ("unseen", 4)):
+        recall = results["recall"][split]
+        assert set(recall["attributes"]) == set(ATTRIBUTES)
+        assert all(score["total"] == people for score in recall["attributes"].values())
+        assert recall["total"] == 4 * people
+        assert recall["correct"] == sum(s["correct"] for s in recall["attributes"].values())
+        low, high = Score(recall["correct"], recall["total"]).interval
+        assert recall["interval_95"] == [low, high]
+    for word in (*ATTRIBUTES, "known people", "unseen people", "0/12", "0/48", "0/16"):
+        assert word in called.out
+
+
+def test_chunks_add_up(runs, monkeypatch):
+    """A model that knows some of it is counted the same however the questions are parted."""
+    run = package.load(runs / "in_weight")
+    known = {question.question for question in run.questions("known", 48)[::3]}
+
+    def half_right(model, tokenizer, questions, **options):
+        from toolmem.evaluation import RecallResult
+
+        scores: dict[str, Score] = {}
+        for question in questions:
+            before = scores.get(question.attribute, Score(0, 0))
+            correct = before.correct + (question.question in known)
+            scores[question.attribute] = Score(correct, before.total + 1)
+        return RecallResult(scores, [])
+
+    monkeypatch.setattr("toolmem.evaluation.measure_recall", half_right)
+    counts = []
+    for chunk in (5, 512):
+        monkeypatch.setattr(command, "CHUNK", chunk)
+        result = command.measure(run, 48, 8)["known"]
+        counts.append({name: (s.correct, s.total) for name, s in result.attributes.items()})
+    assert counts[0] == counts[1]
+    assert sum(correct for correct, _ in counts[0].values()) == 16
+
+
+def test_it_is_what_the_library_measures(runs):
+    run = package.load(runs / "in_tool")
+    direct = measure_recall(
+        run.model, run.tokenizer, run.questions("known", 8), toolbox=run.toolbox
+    )
+    assert command.measure(run, 8, 3)["known"].as_dict() == direct.as_dict()
+
+
+def test_without_unseen_people_there_is_one_column(runs, tmp_path, toolmem):
+    facts = tmp_path / "facts.duckdb"
+    assert toolmem("facts", "build", "--people", 12, "--out", facts).code == 0
+    words = ["--factbase", facts, "--allow_other_factbase", "true", "--n_questions", 4]
+    called = toolmem("evaluate", "--checkpoint", runs / "in_tool", *words)
+    assert called.code == 0
+    assert "known people" in called.out
+    assert "unseen people" not in called.out
