@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, changed, write_config
+from cli_toys import TINY, changed, write_config
 
 DATA, MODEL = "data__init_args__", "model__model__init_args__"
 TEXT = {"class_path": "toolmem.data.TextDataModule", "init_args": {"seq_len": 16}}

@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
-from conftest import TINY, changed, write_config
+from cli_toys import TINY, changed, write_config
 
 from toolmem import checkpoints
 from toolmem.data.factbase import Factbase

@@ -1,0 +1,103 @@
+"""Every recipe parses, and trains for a few steps on a cut-down budget."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import yaml
+
+from toolmem import checkpoints
+from toolmem.cli import main
+
+FOLDER = Path(__file__).resolve().parent.parent.parent / "recipes"
+RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+TINY = [
+    "--model.model.dim", "16", "--model.model.n_layers", "1", "--model.model.hidden_dim", "32",
+    "--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.enable_progress_bar", "false",
+    "--trainer.val_check_interval", "2", "--trainer.log_every_n_steps", "1",
+]  # fmt: skip
+FACTS = [
+    "--data.people", "20", "--data.unseen_people", "4", "--data.n_val_questions", "8",
+    "--data.batch_size", "4", "--recall.n_questions", "2", "--recall.n_unseen", "2",
+    "--recall.show", "false",
+]  # fmt: skip
+TEXT = ["--data.batch_size", "2", "--data.seq_len", "32", "--data.num_workers", "0"]
+SMOLLM = [
+    *TEXT, "--model.model.n_heads", "4", "--model.model.n_kv_heads", "2",
+    "--data.train_tokenizer", "300", "--data.val_fraction", "0.2", "--trainer.accumulate_grad_batches", "1",
+]  # fmt: skip
+CUT = {
+    "facts_in_weight": FACTS,
+    "facts_in_tool": FACTS,
+    "shakespeare": [*TEXT, "--trainer.precision", "32-true"],
+    "smollm": SMOLLM,
+    "smollm_debug": [*SMOLLM, "--model.model.n_heads", "4"],
+}
+
+
+def prose(n: int, seed: int) -> str:
+    """Words that repeat, so that a tokenizer has pairs to merge."""
+    words = ["the", "play", "is", "thing", "wherein", "conscience", "of", "king", "shall", "catch"]
+    choose = random.Random(seed)
+    return " ".join(choose.choice(words) for _ in range(n))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> dict[str, Path]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = tmp_path_factory.mktemp("data")
+    text = folder / "play.txt"
+    text.write_text(prose(4000, 0))
+    shards = folder / "shards"
+    shards.mkdir()
+    for shard in range(2):
+        rows = [prose(60, shard * 100 + row) for row in range(60)]
+        pq.write_table(pa.table({"text": rows}), shards / f"{shard}.parquet")
+    return {"shakespeare": text, "smollm": shards, "smollm_debug": shards}
+
+
+def test_each_recipe_is_known_here():
+    """A new recipe needs an entry in CUT, or it would go untested."""
+    assert set(RECIPES) == set(CUT)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_it_parses_as_it_is(recipe, data, capsys):
+    words = ["fit", "--config", str(FOLDER / f"{recipe}.yaml")]
+    if recipe in data:
+        words += ["--data.path", str(data[recipe])]
+    assert main([*words, "--print_config"]) == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    written = yaml.safe_load((FOLDER / f"{recipe}.yaml").read_text())
+    assert config["trainer"]["max_steps"] == written["trainer"]["max_steps"] > 0
+    for key, value in written["model"]["model"]["init_args"].items():
+        assert config["model"]["model"]["init_args"][key] == value
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_it_trains_and_goes_on(recipe, data, tmp_path, capsys, monkeypatch):
+    if recipe in data:
+        monkeypatch.setenv("TOOLMEM_DATA", str(data[recipe]))
+    words = ["fit", "--config", str(FOLDER / f"{recipe}.yaml"), "--runs", str(tmp_path), *TINY]
+    words += ["--trainer.max_steps", "4", *CUT[recipe], "--checkpointing.every_n_steps", "2"]
+    stop = ["--trainer.limit_train_batches", "2", "--trainer.max_epochs", "1"]
+    assert main([*words, *stop]) == 0, capsys.readouterr().err
+    assert checkpoints.load(tmp_path / recipe).step == 2
+    assert main([*words, "--resume", "auto"]) == 0, capsys.readouterr().err
+    assert checkpoints.load(tmp_path / recipe).step == 4
+    assert (tmp_path / recipe / "metrics.csv").read_text().count("\n") >= 4
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if not name.startswith("facts")])
+def test_without_data_it_says_where_data_comes_from(recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("TOOLMEM_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "--config", str(FOLDER / f"{recipe}.yaml"), "--name", "x"]) == 2
+    message = capsys.readouterr().err
+    assert "TOOLMEM_DATA" in message
+    assert "huggingface" in message.lower()
+    assert not (tmp_path / "runs" / "x").exists()
