@@ -148,11 +148,11 @@ def test_symbols():
 
 
 def test_mistakes_are_told(tmp_path):
-    with pytest.raises(ToolmemError, match="no tokenizer at .*missing.json"):
+    with pytest.raises(ToolmemError, match=r"no tokenizer at .*missing.json"):
         make_tokenizer(str(tmp_path / "missing.json"))
     broken = tmp_path / "broken.json"
     broken.write_text('{"model": 3}')
-    with pytest.raises(ToolmemError, match="broken.json is not a tokenizer.json"):
+    with pytest.raises(ToolmemError, match=r"broken.json is not a tokenizer.json"):
         make_tokenizer(str(broken))
     with pytest.raises(ToolmemError, match="need 260"):
         train_tokenizer(["a"], 100)

@@ -57,6 +57,7 @@ def train(
         f"{out}: {tokenizer.vocab_size:,} ids from {counts['characters']:,} characters of "
         f"{counts['documents']:,} documents",
         highlight=False,
+        soft_wrap=True,
     )
     if tokenizer.vocab_size < vocab_size:
         stdout().print(f"(fewer than the {vocab_size:,} asked for: the text has no more pairs)")

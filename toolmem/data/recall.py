@@ -33,6 +33,7 @@ class RecallGenerator(IndexedBatches):
         power_a: exponent of the distances' law; smaller asks sooner.
         random_non_queries: fill the other places with random ids.
         seed: of everything.
+        stream: streams of different numbers draw different batches.
         rank: this process's number; it gets every ``world_size``-th row.
         world_size: number of processes.
 
@@ -50,6 +51,7 @@ class RecallGenerator(IndexedBatches):
         power_a: float = 0.01,
         random_non_queries: bool = True,
         seed: int = 0,
+        stream: int = 0,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -70,11 +72,12 @@ class RecallGenerator(IndexedBatches):
         self.n_pairs = n_pairs
         self.batch_size = batch_size
         self.power_a = power_a
+        self.stream = stream
         self.random_non_queries = random_non_queries
 
     def batch_at(self, index: int) -> Batch:
         """The rows of this rank of batch number ``index``."""
-        rng = np.random.default_rng([self.seed, index])
+        rng = np.random.default_rng([self.seed, 1 + self.stream, 1 + index])
         n, pairs, middle = self.batch_size, self.n_pairs, self.vocab_size // 2
         keys = 1 + _distinct(rng, n, middle - 1, pairs)
         values = middle + _distinct(rng, n, self.vocab_size - middle, pairs)

@@ -32,6 +32,8 @@ class IndexedBatches(IterableDataset, ABC):
     """
 
     def __init__(self, *, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
+        if seed < 0:
+            raise ToolmemError(f"seed is {seed}: it must be 0 or more")
         self.seed = seed
         self.rank = rank
         self.world_size = world_size

@@ -1,5 +1,5 @@
 from collections import Counter
-from itertools import islice
+from itertools import islice, pairwise
 
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ def told(batch):
                 cells = documents == number
                 tokens, targets = batch.tokens[r][cells].tolist(), batch.targets[r][cells].tolist()
                 assert tokens[1:] == targets[:-1]
-                found.append((tuple([*tokens, targets[-1]]), tuple(batch.loss_mask[r][cells].tolist())))
+                found.append(((*tokens, targets[-1]), tuple(batch.loss_mask[r][cells].tolist())))
     return sorted(found)
 
 
@@ -103,7 +103,7 @@ def test_bucketing_wastes_little_and_still_mixes():
     assert fill(rows) < 0.85 and fill(bucketed) > 0.95
     # the order of lengths is random from batch to batch, not ascending
     widths = [b.tokens.shape[1] for b in first(bucketed, 30)]
-    rising = sum(a <= b for a, b in zip(widths, widths[1:], strict=False))
+    rising = sum(a <= b for a, b in pairwise(widths))
     assert 5 < rising < 25
 
 
@@ -133,18 +133,18 @@ def equal(a, b):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("layout", ["bucketed", "packed"])
-def test_resuming_in_the_second_epoch(table, layout, num_workers):
+def test_resuming_in_the_second_epoch(table, layout, num_workers, take):
     def make():
         return DialogTokenGenerator(table, 16, layout=layout, seq_len=300, window=3)
 
     per_epoch = make().batches_per_epoch
     stop = per_epoch + 3
-    uninterrupted = first(make_loader(make()), stop + 6)
-    before = first(make_loader(make(), num_workers), stop)
+    uninterrupted = take(make_loader(make()), stop + 6)
+    before = take(make_loader(make(), num_workers), stop)
     assert before[-1].state["epoch"] == 1
     resumed = make()
     resumed.load_state_dict(before[-1].state)
-    after = first(make_loader(resumed, num_workers), 6)
+    after = take(make_loader(resumed, num_workers), 6)
     assert all(map(equal, [*before, *after], uninterrupted))
     assert not equal(after[0], uninterrupted[0])
 
@@ -206,7 +206,7 @@ def test_a_subset_in_order(table):
     rows = np.array([7, 3, 50, 4, 9])
     generator = DialogTokenGenerator(table, 2, rows=rows, shuffle=False)
     parts = [generator.dialogues_at(i).tolist() for i in range(generator.batches_per_epoch)]
-    assert sum(parts, []) == rows.tolist()
+    assert [i for part in parts for i in part] == rows.tolist()
     shuffled = DialogTokenGenerator(table, 2, rows=rows)
     seen = Counter(int(d) for i in range(3) for d in shuffled.dialogues_at(i))
     assert seen == Counter(rows.tolist())
@@ -219,7 +219,7 @@ def test_packing_fits_without_overlap(lengths, capacity):
     rows, columns = pack(lengths, capacity)
     cells = Counter()
     for row, column, length in zip(rows, columns, lengths, strict=True):
-        assert 0 <= column and column + length <= capacity
+        assert column >= 0 and column + length <= capacity
         cells.update((row, column + i) for i in range(length))
     assert max(cells.values()) == 1
     n_rows = rows.max() + 1

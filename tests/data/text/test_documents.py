@@ -56,7 +56,9 @@ def test_an_epoch_is_every_document_once(corpus):
         assert in_order == TEXTS[100:] + TEXTS[:100]  # b, c, deep/a
     shuffled = [p.text for p in islice(documents.iterate(), 2 * N)]
     assert shuffled[:N] != in_order and shuffled[:N] != shuffled[N:]
-    assert shuffled == [p.text for p in islice(Documents(corpus, shuffle_bytes=500, seed=3).iterate(), 2 * N)]
+    assert shuffled == [
+        p.text for p in islice(Documents(corpus, shuffle_bytes=500, seed=3).iterate(), 2 * N)
+    ]
 
 
 def test_every_place_can_be_taken_up(corpus):
@@ -82,7 +84,7 @@ def test_few_chunks_are_shared_by_document(tmp_path):
     pq.write_table(pa.table({"text": TEXTS}), tmp_path / "one.parquet")
     shares = [list(Documents(tmp_path).shard(i, 4).once()) for i in range(4)]
     assert [len(share) for share in shares] == [75] * 4
-    assert sorted(sum(shares, [])) == sorted(TEXTS)
+    assert sorted(text for share in shares for text in share) == sorted(TEXTS)
 
 
 def test_held_out_documents_depend_on_their_text_alone(corpus, tmp_path):
@@ -91,7 +93,9 @@ def test_held_out_documents_depend_on_their_text_alone(corpus, tmp_path):
     train = list(documents.select("train").once())
     assert sorted(held_out + train) == sorted(TEXTS)
     assert 30 < len(held_out) < 90
-    (tmp_path / "copy.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in held_out * 2))
+    (tmp_path / "copy.jsonl").write_text(
+        "".join(json.dumps({"text": t}) + "\n" for t in held_out * 2)
+    )
     copy = Documents(tmp_path / "copy.jsonl", val_fraction=0.2)
     assert not list(copy.select("train").once())
     with pytest.raises(ToolmemError, match="no document for train"):
@@ -119,7 +123,10 @@ def test_bad_lines_are_named(tmp_path, monkeypatch):
     good = '{"text": "fine"}\n'
     for content, message in (
         (good * 3 + '{"text": "cut\n' + good, r"f.jsonl, line 4: not JSON"),
-        (good + "\n" + '{"body": "b", "id": 3}\n', r"line 3: no field 'text' \(it has 'body', 'id'\)"),
+        (
+            good + "\n" + '{"body": "b", "id": 3}\n',
+            r"line 3: no field 'text' \(it has 'body', 'id'\)",
+        ),
         (good + '{"text": 7}\n', r"line 2: the field 'text' is not text but 7"),
         (good + '["text"]\n', r"line 2: a JSON list, not an object"),
         (good.encode() + b'{"text": "\xff"}\n', r"line 2: not JSON"),
@@ -148,13 +155,13 @@ def test_bad_parquet_is_named(tmp_path):
         list(Documents(path, field="n").once())
     whole = path.read_bytes()
     write(path, whole[: len(whole) // 2])
-    with pytest.raises(ToolmemError, match="f.parquet is not a whole Parquet file"):
+    with pytest.raises(ToolmemError, match=r"f.parquet is not a whole Parquet file"):
         Documents(path)
     write(path, whole[:4] + b"\xff" * 3000 + whole[3004:])
-    with pytest.raises(ToolmemError, match="f.parquet, row group 0: cannot be read"):
+    with pytest.raises(ToolmemError, match=r"f.parquet, row group 0: cannot be read"):
         list(Documents(path).once())
     pq.write_table(pa.table({"text": ["a", None]}), path)
-    with pytest.raises(ToolmemError, match="row group 0, row 2: .* is empty"):
+    with pytest.raises(ToolmemError, match=r"row group 0, row 2: .* is empty"):
         list(Documents(path).once())
 
 
@@ -207,9 +214,9 @@ def test_hub_datasets_stream_and_resume(monkeypatch):
     assert sorted(p.text for p in stream[:N]) == sorted(p.text for p in stream[N:]) == sorted(TEXTS)
     assert list(islice(documents.iterate(stream[N + 7].place), 9)) == stream[N + 7 : N + 16]
     shares = [list(documents.shard(i, 3).once()) for i in range(3)]
-    assert sorted(sum(shares, [])) == sorted(TEXTS)
+    assert sorted(text for share in shares for text in share) == sorted(TEXTS)
     split = [list(documents.select(part).once()) for part in ("train", "validation")]
-    assert sorted(sum(split, [])) == sorted(TEXTS) and len(split[1]) > 30
+    assert sorted(text for part in split for text in part) == sorted(TEXTS) and len(split[1]) > 30
     with pytest.raises(ToolmemError, match="no text in the field 'body'"):
         next(open_documents("hf://owner/name", field="body").iterate())
     with pytest.raises(ToolmemError, match="no dataset's address"):
@@ -227,5 +234,5 @@ def test_hub_out_of_reach(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    with pytest.raises(ToolmemError, match="cannot be opened .no route"):
+    with pytest.raises(ToolmemError, match=r"cannot be opened .no route"):
         next(open_documents("hf://owner/name").iterate())

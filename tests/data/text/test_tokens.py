@@ -30,10 +30,10 @@ def generator(documents, **options):
 def stream_of(documents, n):
     """The stream written out plainly: documents, each with its end token."""
     ids = []
-    for placed in documents.iterate():
-        ids += [*placed.text.encode(), 259]
-        if len(ids) > n:
-            return ids[: n + 1]
+    texts = documents.iterate()
+    while len(ids) <= n:
+        ids += [*next(texts).text.encode(), 259]
+    return ids[: n + 1]
 
 
 @pytest.mark.parametrize("seq_len", [1, 32, 500])
@@ -67,13 +67,13 @@ def equal(a, b):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_resuming_in_the_second_epoch(documents, num_workers):
+def test_resuming_in_the_second_epoch(documents, num_workers, take):
     def make():
         return generator(documents, block_documents=True, num_workers=num_workers)
 
     total = sum(len(text) + 1 for text in TEXTS)
     stop = int(1.5 * total / 96) | 1  # an odd number: the other worker is next
-    uninterrupted = list(islice(make_loader(make(), num_workers), stop + 7))
+    uninterrupted = take(make_loader(make(), num_workers), stop + 7)
     state = make().state_dict()
     for batch in uninterrupted[:stop]:
         state = make().merge_state(state, batch.state)
@@ -81,7 +81,7 @@ def test_resuming_in_the_second_epoch(documents, num_workers):
     assert 1 in places and len(places) == max(1, num_workers)
     resumed = make()
     resumed.load_state_dict(json.loads(json.dumps(state)))
-    after = list(islice(make_loader(resumed, num_workers), 7))
+    after = take(make_loader(resumed, num_workers), 7)
     assert all(map(equal, after, uninterrupted[stop:]))
     assert not equal(after[0], uninterrupted[0])
 

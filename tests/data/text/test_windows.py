@@ -1,5 +1,3 @@
-from itertools import islice
-
 import numpy as np
 import pytest
 import torch
@@ -62,16 +60,16 @@ def test_a_rank_without_a_share_gets_padding():
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_resuming_in_the_second_epoch(num_workers):
+def test_resuming_in_the_second_epoch(num_workers, take):
     def make():
         return WindowGenerator(TOKENS, 10, 8, seed=1)
 
     stop = make().batches_per_epoch + 5
-    everything = list(islice(make_loader(make(), num_workers), stop + 6))
+    everything = take(make_loader(make(), num_workers), stop + 6)
     assert everything[stop - 1].state["epoch"] == 1
     resumed = make()
     resumed.load_state_dict(everything[stop - 1].state)
-    after = list(islice(make_loader(resumed, num_workers), 6))
+    after = take(make_loader(resumed, num_workers), 6)
     for a, b in zip(after, everything[stop:], strict=True):
         assert torch.equal(a.tokens, b.tokens) and torch.equal(a.targets, b.targets)
         assert a.state == b.state
@@ -86,7 +84,7 @@ def test_documents_are_numbered_within_rows():
 
 
 def test_too_little_text_is_told():
-    with pytest.raises(ToolmemError, match="the file has 12 tokens, too few .* seq_len 10"):
+    with pytest.raises(ToolmemError, match=r"the file has 12 tokens, too few .* seq_len 10"):
         WindowGenerator(TOKENS[:12], 10, 8, source="the file")
     with pytest.raises(ToolmemError, match="shared by 9 processes"):
         WindowGenerator(TOKENS, 10, 8, world_size=9)

@@ -54,9 +54,9 @@ class RecallDataModule(StatefulDataModule):
         self.seed = seed
         self.num_workers = num_workers
         self.tokenizer: Tokenizer = SymbolTokenizer(vocab_size)
-        self._generator(seed)  # refuses early what cannot work
+        self._generator(0)  # refuses early what cannot work
 
-    def _generator(self, seed: int, rank: int = 0, world_size: int = 1) -> RecallGenerator:
+    def _generator(self, stream: int, rank: int = 0, world_size: int = 1) -> RecallGenerator:
         return RecallGenerator(
             self.vocab_size,
             self.seq_len,
@@ -64,7 +64,8 @@ class RecallDataModule(StatefulDataModule):
             self.batch_size,
             power_a=self.power_a,
             random_non_queries=self.random_non_queries,
-            seed=seed,
+            seed=self.seed,
+            stream=stream,
             rank=rank,
             world_size=world_size,
         )
@@ -80,7 +81,7 @@ class RecallDataModule(StatefulDataModule):
 
     def train_dataloader(self) -> Any:
         """The endless training stream, from where a loaded state says."""
-        generator = self._generator(self.seed, *self.rank_and_world)
+        generator = self._generator(0, *self.rank_and_world)
         state = self.resume_state()
         if state is not None:
             generator.load_state_dict(state)
@@ -89,4 +90,4 @@ class RecallDataModule(StatefulDataModule):
     def val_dataloader(self) -> Any:
         """Fixed batches that training never draws."""
         rank, world = self.rank_and_world
-        return HeldOut(self._generator(self.seed + (1 << 32), rank, world), self.val_batches)
+        return HeldOut(self._generator(1, rank, world), self.val_batches)

@@ -123,7 +123,7 @@ class DialogTokenGenerator(IndexedBatches):
             chosen = chosen[np.argsort(self._lengths[chosen], kind="stable")]
         batches = np.split(chosen, (edges - edges[0])[1:-1])
         if self.layout == "bucketed" and self.shuffle:
-            rng = np.random.default_rng([self.seed, epoch, window])
+            rng = np.random.default_rng([self.seed, epoch, 1 + window])
             batches = [batches[i] for i in rng.permutation(len(batches))]
         return batches
 

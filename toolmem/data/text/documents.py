@@ -82,6 +82,8 @@ class Documents:
         shuffle_bytes: int = 32 << 20,
         seed: int = 0,
     ) -> None:
+        if seed < 0:
+            raise ToolmemError(f"seed is {seed}: it must be 0 or more")
         self.files = find_files(path)
         self.chunks = list_chunks(self.files)
         self.field = field
