@@ -87,7 +87,7 @@ def test_what_is_missing_is_told_with_what_is_there(tmp_path):
     save(make(), tmp_path / "run" / "checkpoints" / "best.ckpt")
     with pytest.raises(ToolmemError, match=r"no checkpoint in .*run: .*holds best\.ckpt"):
         checkpoints.resolve(tmp_path / "run")
-    with pytest.raises(ToolmemError, match="no such checkpoint or run folder: .*gone"):
+    with pytest.raises(ToolmemError, match=r"no such checkpoint or run folder: .*gone"):
         checkpoints.resolve(tmp_path / "gone")
     with pytest.raises(ToolmemError, match=r"holds best\.ckpt"):
         checkpoints.read(tmp_path / "run" / "checkpoints" / "last.ckpt")
@@ -130,10 +130,10 @@ def test_a_full_disk_leaves_the_old_one(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("spec", ["no.such.Model", "Model", "", "toolmem.models.Missing"])
 def test_classes_that_are_not_there(spec):
-    with pytest.raises(ToolmemError, match="here: the model class .* cannot be imported"):
+    with pytest.raises(ToolmemError, match=r"here: the model class .* cannot be imported"):
         checkpoints.build_model({"class_path": spec, "init_args": {}}, "here")
 
 
 def test_classes_of_something_else():
-    with pytest.raises(ToolmemError, match="here: .*is not a toolmem.models.LanguageModel"):
+    with pytest.raises(ToolmemError, match=r"here: .*is not a toolmem\.models\.LanguageModel"):
         checkpoints.build_model({"class_path": "subprocess.Popen", "init_args": {}}, "here")

@@ -67,7 +67,7 @@ def test_an_unusual_error_speaks_for_itself():
 
 def test_a_file_for_a_folder_and_a_folder_for_a_file(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ToolmemError, match="not a folder|File exists"):
+    with pytest.raises(ToolmemError, match=r"not a folder|File exists"):
         write_text(tmp_path / "file" / "x", "x")
     (tmp_path / "folder").mkdir()
     with pytest.raises(ToolmemError, match="this is a folder"):

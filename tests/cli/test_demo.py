@@ -72,6 +72,7 @@ def test_progress_is_read_from_the_metrics_file(tmp_path):
     assert demo.latest(metrics) == (25, "loss 1.500")  # the last row is not whole yet
 
 
+@pytest.mark.slow
 def test_a_training_that_fails_is_told(tmp_path, toolmem, monkeypatch):
     """Its last words are shown, and the others are stopped."""
     config = demo.config
