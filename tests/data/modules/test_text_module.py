@@ -229,3 +229,29 @@ def test_too_little_text_is_told(tmp_path):
     one.write_text('{"text": "alone"}\n')
     with pytest.raises(ToolmemError, match=r"of the documents of .*one.jsonl, held out"):
         make(str(one)).val_dataloader()
+
+
+def _rank(rank, rendezvous, corpus, results):
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    StatefulDataModule.rank_and_world = (rank, 2)
+    data = make(corpus)
+    batches = list(islice(data.train_dataloader(), 9))
+    for batch in batches[:6]:
+        data.consumed(batch.state)
+    torch.save((data.state_dict(), batches[6].tokens), f"{results}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_one_process_holds_the_places_of_all(corpus, tmp_path, monkeypatch):
+    arguments = (str(tmp_path / "rendezvous"), corpus, str(tmp_path))
+    torch.multiprocessing.spawn(_rank, arguments, nprocs=2)
+    saved = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    assert saved[0][0] == saved[1][0]
+    for rank in range(2):
+        monkeypatch.setattr(StatefulDataModule, "rank_and_world", (rank, 2))
+        resumed = make(corpus)
+        resumed.load_state_dict(saved[0][0])
+        assert torch.equal(next(iter(resumed.train_dataloader())).tokens, saved[rank][1])

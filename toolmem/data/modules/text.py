@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from toolmem.console import stderr
 from toolmem.data.hf_tokenizer import save_tokenizer, train_tokenizer
 from toolmem.data.modules.base import HeldOut, StatefulDataModule
 from toolmem.data.stream import make_loader
@@ -144,6 +145,7 @@ class TextDataModule(StatefulDataModule):
         path = cache_folder() / "tokenizers" / name
         if path.is_file():
             return make_tokenizer(str(path))
+        stderr().print(f"training a tokenizer of {self.train_tokenizer:,} ids, once: {path}")
         tokenizer = train_tokenizer(self._tokenizer_texts(), self.train_tokenizer)
         save_tokenizer(tokenizer, path)
         return tokenizer
