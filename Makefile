@@ -71,7 +71,7 @@ test: check
 	"$(BIN)/pytest" -n 2 -m slow --durations 15 --timeout 1500
 
 docs: $(VENV)/.dev
-	"$(BIN)/mkdocs" build --strict
+	NO_MKDOCS_2_WARNING=1 "$(BIN)/mkdocs" build --strict
 
 bench: $(VENV)/.dev
 	for script in benchmarks/data.py benchmarks/train.py; do "$(BIN)/python" "$$script"; done

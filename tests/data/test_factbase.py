@@ -94,7 +94,7 @@ def test_what_is_no_factbase_is_refused(tmp_path):
         Factbase.open(tmp_path / "none.duckdb")
     junk = tmp_path / "junk.duckdb"
     junk.write_bytes(b"not a database" * 1000)
-    with pytest.raises(ToolmemError, match="cannot be opened"):
+    with pytest.raises(ToolmemError, match=r"cannot be opened"):
         Factbase.open(junk)
     whole = tmp_path / "whole.duckdb"
     build_factbase(make_population(2000), whole)
