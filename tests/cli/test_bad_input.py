@@ -89,6 +89,7 @@ RECIPES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "more people than names": ({DATA + "people": 999_999}, ["169,556"]),
     "alpha above 1": ({DATA + "alpha": 2}, ["alpha"]),
     "empty batches": ({DATA + "batch_size": 0}, ["batch_size"]),
+    "fewer than no workers": ({DATA + "num_workers": -1}, ["num_workers"]),
     "everything held out": ({DATA + "held_out": 1.5}, ["held_out"]),
     "held-out questions of none": ({DATA + "val_split": "held_out"}, ["val_split", "held_out"]),
     "people of a missing table": ({DATA + "people": "nobody.csv"}, ["nobody.csv"]),

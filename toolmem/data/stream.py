@@ -78,7 +78,12 @@ def make_loader(batches: IterableDataset, num_workers: int = 0) -> DataLoader:
     Args:
         batches: a stream of `Batch`es.
         num_workers: processes that make them; 0 makes them in this one.
+
+    Raises:
+        ToolmemError: for a negative number of processes.
     """
+    if num_workers < 0:
+        raise ToolmemError(f"data.num_workers is {num_workers}: it must be 0 or more")
     return DataLoader(
         batches,
         batch_size=None,

@@ -59,7 +59,7 @@ class WindowGenerator(IndexedBatches):
         if self.n_windows < 1:
             raise ToolmemError(
                 f"{source} has {len(tokens)} tokens, too few for windows of seq_len {seq_len}: use "
-                "more text or a smaller seq_len"
+                "more text, a smaller seq_len or, if these are the held-out ones, a larger val_fraction"
             )
         self.batch_size = min(batch_size, self.n_windows)
         if shuffle and self.batch_size < world_size:
