@@ -31,6 +31,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from rich.console import Console
 from rich.table import Table
 
+from toolmem.training.folders import processor_name
+
 PEOPLE = 32_768
 BATCH_SIZE = 128
 TARGETS = {
@@ -149,23 +151,13 @@ def measure(quick: bool) -> dict[str, Any]:
             "microseconds_per_batch_131072": [1e6 * cost for cost in large],
         },
         "about": {
-            "processor": processor(),
+            "processor": processor_name(),
             "threads": 1,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "quick": quick,
         },
     }
-
-
-def processor() -> str:
-    """The processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def show(result: dict[str, Any]) -> None:

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -52,6 +51,7 @@ from toolmem.training import (
     Progress,
     Throughput,
 )
+from toolmem.training.folders import processor_name
 
 TEMPLATES = {"in_weight": "in_weight", "in_tool": "in_tool_long"}
 TARGETS = {
@@ -285,23 +285,13 @@ def measure(quick: bool) -> dict[str, Any]:
     result["lightning_overhead"] = details["lightning"]["overhead"]
     result["matmul_share"] = details["matmul"]["share"]
     circumstances = {
-        "processor": processor(),
+        "processor": processor_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "lightning": pl.__version__,
         "compiled": not quick,
     }
     return result | {"details": details, "circumstances": circumstances}
-
-
-def processor() -> str:
-    """The processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def show(result: dict[str, Any]) -> None:
