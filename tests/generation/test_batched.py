@@ -65,8 +65,11 @@ def assert_equal(ours, theirs):
         {"conv_width": 4},
         {"n_kv_heads": 1, "qk_norm": True, "tie_embeddings": True},
         {"position": "learned", "norm": "layer", "feed_forward": "gelu", "bias": True},
+        {"window": [9, 0], "conv_width": 2},
+        {"attention_mask": "prefix"},
+        {"attention_mask": "prefix", "window": 7, "residual_conv": 2},
     ],
-    ids=["conv", "gqa", "learned"],
+    ids=["conv", "gqa", "learned", "window", "prefix", "prefix and window"],
 )
 def test_equals_naive(options, sampler, batch_size):
     model = random_model(0, **options)

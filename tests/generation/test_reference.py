@@ -46,6 +46,7 @@ class Script(nn.Module):
     """Says one text: at position n the token after it; asserts that it is fed that very text."""
 
     vocab_size = 260
+    attention_mask = "causal"
 
     def __init__(self, prompt, script, max_seq_len=200):
         super().__init__()
@@ -67,7 +68,7 @@ class Script(nn.Module):
 
         return Lengths()
 
-    def hidden(self, tokens, cache=None, counts=None):
+    def hidden(self, tokens, cache=None, counts=None, spans=None):
         self.modes.append(self.training)
         start = torch.zeros(len(tokens), 1, dtype=torch.int64) if cache is None else cache.lengths
         positions = start.view(-1, 1) + torch.arange(tokens.shape[1])

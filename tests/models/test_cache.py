@@ -13,6 +13,15 @@ VARIANTS = {
     "gqa, conv, qk_norm": {"n_heads": 4, "n_kv_heads": 2, "conv_width": 4, "qk_norm": True},
     "learned": {"position": "learned", "norm": "layer", "feed_forward": "gelu", "bias": True},
     "none, conv": {"position": "none", "conv_width": 3, "tie_embeddings": True},
+    "window": {"window": [5, 0], "conv_width": 2},
+    "window, gqa": {"window": 3, "n_heads": 4, "n_kv_heads": 2, "rope_fraction": 0.5},
+    "residual conv, sandwich": {"residual_conv": 3, "sandwich_norm": True, "nope_every": 2},
+    "value residual, softcaps": {
+        "value_residual": True,
+        "attention_softcap": 3.0,
+        "logit_softcap": 5.0,
+        "embedding_norm": True,
+    },
 }
 
 
@@ -127,3 +136,83 @@ def test_refusals():
             cache=cache,
             documents=torch.zeros(1, 4, dtype=torch.int32),
         )
+
+
+PREFIX = {
+    "prefix": {"attention_mask": "prefix"},
+    "prefix, window": {"attention_mask": "prefix", "window": [4, 0], "conv_width": 2},
+}
+
+
+@pytest.mark.parametrize("name", PREFIX)
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(turns=st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=5), min_size=1, max_size=3))
+@torch.no_grad()
+def test_prefix_spans_are_cached_as_they_are_trained(name, turns):
+    """Every other turn is a span that comes in one chunk; the rest comes token by token."""
+    model = make(PREFIX[name])
+    texts = rows([sum(one) for one in turns])
+    spans = [
+        torch.tensor([i if i % 2 == 0 else -1 for i, n in enumerate(one) for _ in range(n)])
+        for one in turns
+    ]
+    for lane, (one, text, span) in enumerate(zip(turns, texts, spans, strict=True)):
+        if not len(text):
+            continue
+        full = model(text[None], spans=span[None].long())[0]
+        cache = model.new_cache(1, 40)
+        pieces, start = [], 0
+        for i, n in enumerate(one):
+            for size in [n] if i % 2 == 0 else [1] * n:
+                if size:
+                    part = slice(start, start + size)
+                    pieces.append(
+                        model(text[None, part], cache=cache, spans=span[None, part].long())[0]
+                    )
+                    start += size
+        torch.testing.assert_close(torch.cat(pieces), full, atol=1e-4, rtol=0)
+        causal = model(text[None])[0]
+        alone = all(n < 2 for n in one[::2])
+        assert alone or not torch.allclose(full, causal, atol=1e-5), lane
+
+
+@torch.no_grad()
+def test_ragged_prefix_chunks_agree_with_lanes_alone():
+    model = make(PREFIX["prefix, window"])
+    texts = rows([9, 5])
+    spans = [torch.tensor([0] * 4 + [-1] * 2 + [1] * 3), torch.tensor([2] * 3 + [-1] * 2)]
+    cache = model.new_cache(2, 20)
+    chunk, ids = torch.zeros(2, 9, dtype=torch.long), torch.full((2, 9), 7)
+    for lane in range(2):
+        chunk[lane, : len(texts[lane])] = texts[lane]
+        ids[lane, : len(texts[lane])] = spans[lane]
+    logits = model(chunk, cache=cache, counts=torch.tensor([9, 5]), spans=ids)
+    more = model(torch.tensor([[3], [4]]), cache=cache, spans=torch.tensor([[-1], [-1]]))
+    for lane, last in ((0, 3), (1, 4)):
+        text = torch.cat((texts[lane], torch.tensor([last])))
+        span = torch.cat((spans[lane], torch.tensor([-1])))
+        full = model(text[None], spans=span[None])[0]
+        n = len(texts[lane])
+        torch.testing.assert_close(logits[lane, :n], full[:n], atol=1e-4, rtol=0)
+        torch.testing.assert_close(more[lane, 0], full[n], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@torch.no_grad()
+def test_lanes_go_to_the_host_and_come_back(name):
+    model = MODELS[name]
+    texts = rows([9, 4, 12])
+    cache = model.new_cache(3, 14)
+    feed(model, cache, texts)
+    away = cache.detach(torch.tensor([2, 0]))
+    cache.gather(torch.tensor([1]))
+    feed(model, cache, [torch.tensor([5, 6])])
+    cache.reserve(20)
+    cache.restore(away)
+    assert cache.lengths.tolist() == [6, 12, 9] and len(away) == 2
+    got = feed(model, cache, [torch.tensor([1]), torch.tensor([2]), torch.tensor([3])])
+    whole = [[*texts[1], 5, 6, 1], [*texts[2], 2], [*texts[0], 3]]
+    for logits, text in zip(got, whole, strict=True):
+        full = model(torch.tensor([[int(t) for t in text]]))[0, -1:]
+        torch.testing.assert_close(logits, full, atol=1e-4, rtol=0)
+    assert away.size_in_bytes() > 0

@@ -34,17 +34,17 @@ def test_table(scheme, matrix, wide, shrink, embedding, tied):
     if tied and scheme == "scaled":
         embedding = 128**-0.5
     for parameter, expected in (
-        (block.attention.qkv.weight, matrix),
-        (block.attention.out.weight, matrix * shrink),
+        (block.mixer.qkv.weight, matrix),
+        (block.mixer.out.weight, matrix * shrink),
         (block.feed_forward.up.weight, matrix),
         (block.feed_forward.down.weight, wide * shrink),
         (model.embedding.weight, embedding),
         (model.head.weight, embedding if tied else matrix),
     ):
         assert math.isclose(std(parameter), expected, rel_tol=0.05)
-    assert not block.attention.qkv.bias.any()
-    assert not block.attention.conv.taps.any()
-    assert (block.attention_norm.weight == 1).all()
+    assert not block.mixer.qkv.bias.any()
+    assert not block.mixer.conv.taps.any()
+    assert (block.mixer_norm.weight == 1).all()
 
 
 def test_llama_is_truncated():

@@ -8,7 +8,7 @@ from torch import nn
 
 from toolmem.errors import ToolmemError
 from toolmem.models import Transformer
-from toolmem.models.layers import rotary_tables, rotate
+from toolmem.models.attention import rotary_tables, rotate
 
 
 def tokens(batch=2, seq=13, vocab=50, seed=1):
@@ -53,13 +53,13 @@ def test_equals_llama(n_kv_heads):
         attention, mlp = layer.self_attn, layer.mlp
         qkv = (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
         state |= {
-            f"blocks.{i}.attention.qkv.weight": torch.cat(qkv),
-            f"blocks.{i}.attention.out.weight": attention.o_proj.weight,
+            f"blocks.{i}.mixer.qkv.weight": torch.cat(qkv),
+            f"blocks.{i}.mixer.out.weight": attention.o_proj.weight,
             f"blocks.{i}.feed_forward.up.weight": torch.cat(
                 (mlp.gate_proj.weight, mlp.up_proj.weight)
             ),
             f"blocks.{i}.feed_forward.down.weight": mlp.down_proj.weight,
-            f"blocks.{i}.attention_norm.weight": layer.input_layernorm.weight,
+            f"blocks.{i}.mixer_norm.weight": layer.input_layernorm.weight,
             f"blocks.{i}.feed_forward_norm.weight": layer.post_attention_layernorm.weight,
         }
     ours.load_state_dict(state)
@@ -97,10 +97,10 @@ def test_equals_gpt2():
     pairs = [("norm", gpt2.ln_f)]
     for i, layer in enumerate(gpt2.h):
         pairs += [
-            (f"blocks.{i}.attention_norm", layer.ln_1),
+            (f"blocks.{i}.mixer_norm", layer.ln_1),
             (f"blocks.{i}.feed_forward_norm", layer.ln_2),
-            (f"blocks.{i}.attention.qkv", layer.attn.c_attn),
-            (f"blocks.{i}.attention.out", layer.attn.c_proj),
+            (f"blocks.{i}.mixer.qkv", layer.attn.c_attn),
+            (f"blocks.{i}.mixer.out", layer.attn.c_proj),
             (f"blocks.{i}.feed_forward.up", layer.mlp.c_fc),
             (f"blocks.{i}.feed_forward.down", layer.mlp.c_proj),
         ]
@@ -153,8 +153,8 @@ def plain_forward(model, row, documents=None):
         return out
 
     for block in model.blocks:
-        attention, forward = block.attention, block.feed_forward
-        qkv = plain_linear(plain_norm(x, block.attention_norm), attention.qkv)
+        attention, forward = block.mixer, block.feed_forward
+        qkv = plain_linear(plain_norm(x, block.mixer_norm), attention.qkv)
         if attention.conv is not None:
             taps = attention.conv.taps.view(attention.conv.width, -1)
             mixed = qkv.clone()
@@ -231,7 +231,7 @@ def test_options_in_plain_float64(options, blocked):
 
 
 def rotary_tables64(model):
-    d = model.blocks[0].attention.head_dim
+    d = model.blocks[0].mixer.head_dim
     base = model.init_args["rope_base"]
     angles = torch.arange(32.0, dtype=torch.float64)[:, None] * base ** (
         -torch.arange(0, d, 2, dtype=torch.float64) / d
@@ -269,7 +269,7 @@ def test_convolution_is_identity_at_the_start():
     x = tokens()
     torch.testing.assert_close(with_conv(x), without(x))
     with_conv(x).sum().backward()
-    assert with_conv.blocks[0].attention.conv.taps.grad.abs().min() > 0
+    assert with_conv.blocks[0].mixer.conv.taps.grad.abs().min() > 0
 
 
 def test_parameter_counts_on_paper():

@@ -20,6 +20,8 @@ class Batch:
         documents: (batch, seq) int32, number of the document that each token belongs to within its
             row when attention between documents is blocked, -1 at padding; None when a row is one
             document or attention is free.
+        spans: (batch, seq) int64, number of the span of each token within which attention looks both
+            ways, -1 elsewhere; None when nobody asked for it.
         n_tokens: tokens that are not padding (what throughput counts).
         state: where the loader stands after this batch, plain data.
         loss_positions: int64, indices into the flattened (batch * seq) positions that bear loss; None
@@ -31,6 +33,7 @@ class Batch:
     targets: Tensor
     loss_mask: Tensor
     documents: Tensor | None = None
+    spans: Tensor | None = None
     n_tokens: int = 0
     state: dict[str, Any] = field(default_factory=dict)
     loss_positions: Tensor | None = None
@@ -48,6 +51,7 @@ class Batch:
             targets=function(self.targets),
             loss_mask=function(self.loss_mask),
             documents=None if self.documents is None else function(self.documents),
+            spans=None if self.spans is None else function(self.spans),
             loss_positions=function(self.positions()),
         )
 

@@ -22,6 +22,7 @@ from toolmem.generation.reference import (
     Generated,
     check_prompt,
     evaluating,
+    foreign_spans,
     token_roles,
     turn_text,
 )
@@ -135,7 +136,9 @@ class _Engine:
             the rows that have read all of theirs, and what the head reads there, (rows, dim).
         """
         waiting = [len(lane.tokens) - lane.fed if lane.reason is None else 0 for lane in lanes]
-        width = chunk_width(waiting)
+        both_ways = self.model.attention_mask == "prefix"
+        # A model that looks both ways within a span must see the whole of it at once.
+        width = max(waiting) if both_ways else chunk_width(waiting)
         counts = [min(n, width) for n in waiting]
         chunk = [
             lane.tokens[lane.fed : lane.fed + count] + [0] * (width - count)
@@ -145,11 +148,19 @@ class _Engine:
         if needed > cache.max_len:  # tools answered at length
             cache.reserve(min(self.model.max_seq_len, max(needed, 2 * cache.max_len)))
         device = cache.lengths.device
+        spans = None
+        if both_ways:
+            numbers = [
+                foreign_spans(lane.roles)[lane.fed : lane.fed + count] + [-1] * (width - count)
+                for lane, count in zip(lanes, counts, strict=True)
+            ]
+            spans = torch.tensor(numbers, device=device)
         uneven = min(counts) < width
         hidden = self.model.hidden(
             torch.tensor(chunk, device=device),
             cache=cache,
             counts=torch.tensor(counts, device=device) if uneven else None,
+            spans=spans,
         )
         for lane, count in zip(lanes, counts, strict=True):
             lane.fed += count

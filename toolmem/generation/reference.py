@@ -96,6 +96,15 @@ def check_prompt(model: LanguageModel, prompt: Sequence[int]) -> None:
         )
 
 
+def foreign_spans(roles: Sequence[int]) -> list[int]:
+    """Number each run of tokens of one role that the assistant did not write; -1 where it did."""
+    spans, number = [], 0
+    for i, role in enumerate(roles):
+        number += i > 0 and role != roles[i - 1]
+        spans.append(-1 if role == ASSISTANT else number)
+    return spans
+
+
 @contextmanager
 def evaluating(model: LanguageModel) -> Iterator[None]:
     """Dropout off; back as it was afterwards."""
@@ -146,7 +155,10 @@ def generate_naive(
     reason: FinishReason = "length"
     with evaluating(model):
         while written < max_new_tokens and len(tokens) < model.max_seq_len:
-            logits = model(torch.tensor([tokens], device=device))[:, -1].float()
+            told = {}
+            if model.attention_mask == "prefix":
+                told["spans"] = torch.tensor([foreign_spans(roles)], device=device)
+            logits = model(torch.tensor([tokens], device=device), **told)[:, -1].float()
             uniform = uniform_numbers([generator]) if sampler.random else None
             token = int(sampler(logits, uniform))
             tokens.append(token)

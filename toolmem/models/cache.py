@@ -1,15 +1,16 @@
 """Decoding state: what each layer remembers of the tokens that it has seen, one lane a dialogue.
 
-A layer's state is an object of its own (keys and values here; an SSM's or an RNN's state is another
-class with the members of ``LayerCache``), and ``Cache`` holds one a layer beside the lanes'
-lengths. Lanes are ragged: each has its own length, and a chunk of new tokens says by ``counts``
-how many of each row are real. Padding is neither attended to nor kept.
+A layer's state is an object of its own, mostly a ``LaneState``: keys and values, a window of them, an
+SSM's or an RNN's state. ``Cache`` holds one a layer beside the lanes' lengths. Lanes are ragged: each
+has its own length, and a chunk of new tokens says by ``counts`` how many of each row are real. Padding
+is neither attended to nor kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +25,65 @@ class LayerCache(Protocol):
     def gather(self, lanes: Tensor) -> None:
         """Keep the lanes of these indices (n,) int64, in this order; a lane may be repeated."""
 
+    def detach(self, lanes: Tensor, device: torch.device | str) -> Self:
+        """A copy of these lanes (n,) int64 on another device."""
+
+    def append(self, other: Self) -> None:
+        """Put another state's lanes after these."""
+
     def reserve(self, max_len: int) -> None:
         """Make room for lanes of ``max_len`` tokens; nothing to do for a state of fixed size."""
 
     def size_in_bytes(self) -> int:
         """Memory held."""
+
+
+class LaneState:
+    """A layer's state whose attributes are tensors with a lane in their first dimension, other such
+    states, or plain values; and nothing more needs to be said.
+    """
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def _states(self) -> dict[str, LaneState]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, LaneState)}
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> None:
+        for name, value in self._tensors().items():
+            setattr(self, name, function(value))
+        for state in self._states().values():
+            state._map(function)
+
+    def gather(self, lanes: Tensor) -> None:
+        """Keep the lanes of these indices (n,) int64, in this order; a lane may be repeated."""
+        self._map(lambda tensor: tensor.index_select(0, lanes))
+
+    def detach(self, lanes: Tensor, device: torch.device | str) -> Self:
+        """A copy of these lanes (n,) int64 on another device."""
+        new = copy.copy(self)
+        for name, state in self._states().items():
+            setattr(new, name, state.detach(lanes, device))
+        for name, value in self._tensors().items():
+            setattr(new, name, value.index_select(0, lanes).to(device))
+        return new
+
+    def append(self, other: Self) -> None:
+        """Put another state's lanes after these."""
+        for name, value in self._tensors().items():
+            setattr(self, name, torch.cat((value, getattr(other, name).to(value.device))))
+        for name, state in self._states().items():
+            state.append(getattr(other, name))
+
+    def reserve(self, max_len: int) -> None:
+        """Make room for lanes of ``max_len`` tokens."""
+        for state in self._states().values():
+            state.reserve(max_len)
+
+    def size_in_bytes(self) -> int:
+        """Memory held."""
+        own = sum(x.numel() * x.element_size() for x in self._tensors().values())
+        return own + sum(state.size_in_bytes() for state in self._states().values())
 
 
 class Cache:
@@ -39,9 +94,14 @@ class Cache:
         batch_size: number of lanes.
         max_len: tokens that a lane can hold.
         device: where the lengths live.
+        spans: keep which span each token belongs to, for models whose attention looks both ways
+            within spans.
     """
 
     lengths: Tensor  # (batch,) int64: tokens that each lane holds
+    spans: (
+        Tensor | None
+    )  # (batch, max_len + 1) int64: each token's span, -1 for none; last: padding
 
     def __init__(
         self,
@@ -49,11 +109,17 @@ class Cache:
         batch_size: int,
         max_len: int,
         device: torch.device | str | None = None,
+        spans: bool = False,
     ) -> None:
-        self.layers = list(layers)
+        self.layers: list[Any] = list(layers)
         self.max_len = max_len
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.longest = 0  # the lengths' maximum, kept on the host
+        self.spans = (
+            torch.full((batch_size, max_len + 1), -1, dtype=torch.int64, device=device)
+            if spans
+            else None
+        )
 
     def check_room(self, longest: int) -> None:
         """Raise ``ToolmemError`` when a lane would come to hold more tokens than the cache can."""
@@ -80,6 +146,46 @@ class Cache:
                 layer.gather(lanes)
         self.lengths = self.lengths.index_select(0, lanes)
         self.longest = int(self.lengths.max()) if len(lanes) else 0
+        if self.spans is not None:
+            self.spans = self.spans.index_select(0, lanes)
+
+    def detach(self, lanes: Tensor, device: torch.device | str = "cpu") -> Cache:
+        """A copy of some lanes elsewhere, to be put back by ``restore``.
+
+        Args:
+            lanes: (n,) int64.
+            device: where the copy lives; the host by default.
+        """
+        new = copy.copy(self)
+        new.layers = [layer and layer.detach(lanes, device) for layer in self.layers]
+        new.lengths = self.lengths.index_select(0, lanes).to(device)
+        new.longest = int(new.lengths.max()) if len(lanes) else 0
+        if self.spans is not None:
+            new.spans = self.spans.index_select(0, lanes).to(device)
+        return new
+
+    def restore(self, lanes: Cache) -> None:
+        """Put detached lanes after this cache's own.
+
+        Args:
+            lanes: of the same model; what it holds is copied.
+        """
+        lanes = lanes.detach(torch.arange(len(lanes), device=lanes.lengths.device), lanes.device)
+        room = max(self.max_len, lanes.max_len)
+        self.reserve(room)
+        lanes.reserve(room)
+        for mine, theirs in zip(self.layers, lanes.layers, strict=True):
+            if mine is not None:
+                mine.append(theirs)
+        self.lengths = torch.cat((self.lengths, lanes.lengths.to(self.device)))
+        self.longest = max(self.longest, lanes.longest)
+        if self.spans is not None and lanes.spans is not None:
+            self.spans = torch.cat((self.spans, lanes.spans.to(self.device)))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the lengths live."""
+        return self.lengths.device
 
     def reserve(self, max_len: int) -> None:
         """Let lanes grow to ``max_len`` tokens, keeping what they hold."""
@@ -87,6 +193,8 @@ class Cache:
             for layer in self.layers:
                 if layer is not None:
                     layer.reserve(max_len)
+            if self.spans is not None:
+                self.spans = F.pad(self.spans, (0, max_len - self.max_len), value=-1)
             self.max_len = max_len
 
     def size_in_bytes(self) -> int:
@@ -97,19 +205,21 @@ class Cache:
         return self.lengths.shape[0]
 
 
-class AttentionCache:
-    """Keys and values of one attention layer, and the tail that its convolution looks back on.
+class AttentionCache(LaneState):
+    """Keys and values of one attention layer.
 
-    Each lane has ``max_len`` slots and one more, which nothing ever looks at: padding goes there.
+    The last slot is where padding is written; nothing looks at it.
 
     Args:
         batch_size: number of lanes.
         max_len: tokens that a lane can hold.
         n_kv_heads: key/value heads.
         head_dim: width of a head.
-        tail: earlier tokens that the convolution looks back on (its width - 1).
-        channels: channels that the convolution runs over.
+        device: where it lives.
+        dtype: of keys and values.
     """
+
+    tail: Tensor  # (batch, width - 1, channels): the short convolution's last inputs, where there is one
 
     def __init__(
         self,
@@ -117,8 +227,6 @@ class AttentionCache:
         max_len: int,
         n_kv_heads: int,
         head_dim: int,
-        tail: int = 0,
-        channels: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -126,7 +234,6 @@ class AttentionCache:
         shape = (batch_size, n_kv_heads, max_len + 1, head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.tail = torch.zeros(batch_size, tail, channels, device=device, dtype=dtype)
 
     def write(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
         """Store new keys and values.
@@ -140,17 +247,77 @@ class AttentionCache:
         self.keys[lanes, :, slots] = keys.to(self.keys.dtype)
         self.values[lanes, :, slots] = values.to(self.values.dtype)
 
-    def gather(self, lanes: Tensor) -> None:
-        """Keep the lanes of these indices (n,) int64, in this order; a lane may be repeated."""
-        self.keys = self.keys.index_select(0, lanes)
-        self.values = self.values.index_select(0, lanes)
-        self.tail = self.tail.index_select(0, lanes)
-
     def reserve(self, max_len: int) -> None:
         """Lengthen every lane to ``max_len`` slots (and the one for padding)."""
         more = (0, 0, 0, max_len + 1 - self.keys.shape[2])
         self.keys, self.values = F.pad(self.keys, more), F.pad(self.values, more)
 
-    def size_in_bytes(self) -> int:
-        """Memory held."""
-        return sum(x.numel() * x.element_size() for x in (self.keys, self.values, self.tail))
+
+class WindowCache(AttentionCache):
+    """The last ``window`` keys and values of a sliding-window attention layer, as a ring.
+
+    Args:
+        batch_size: number of lanes.
+        window: tokens that a query looks back on, itself included.
+        n_kv_heads: key/value heads.
+        head_dim: width of a head.
+        device: where it lives.
+        dtype: of keys and values.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        window: int,
+        n_kv_heads: int,
+        head_dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(batch_size, window, n_kv_heads, head_dim, device, dtype)
+        self.window = window
+        shape = (batch_size, window + 1)
+        self.positions = torch.full(shape, -1, dtype=torch.int64, device=device)
+        self.spans = torch.full(shape, -1, dtype=torch.int64, device=device)
+
+    def take_in(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        counts: Tensor | None,
+        spans: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Store a chunk and say what it may look at: the window before it, and itself.
+
+        Args:
+            keys: (batch, seq, n_kv_heads, head_dim).
+            values: (batch, seq, n_kv_heads, head_dim).
+            positions: (batch, seq) int64.
+            counts: (batch,) int64, real tokens of each row; None when all are.
+            spans: (batch, seq) int64, or None.
+
+        Returns:
+            keys and values (batch, n_kv_heads, window + 1 + seq, head_dim), positions (-1: no key) and
+            spans (batch, window + 1 + seq).
+        """
+        seq = keys.shape[1]
+        index = torch.arange(seq, device=keys.device)
+        spans = torch.full_like(positions, -1) if spans is None else spans
+        length = torch.full_like(positions[:, 0], seq) if counts is None else counts
+        real = index < length[:, None]
+        all_keys = torch.cat((self.keys.to(keys.dtype), keys.transpose(1, 2)), dim=2)
+        all_values = torch.cat((self.values.to(values.dtype), values.transpose(1, 2)), dim=2)
+        all_positions = torch.cat((self.positions, torch.where(real, positions, -1)), dim=1)
+        all_spans = torch.cat((self.spans, spans), dim=1)
+        # of a chunk longer than the window only its end is kept; the rest goes where padding goes
+        kept = real & (index >= length[:, None] - self.window)
+        slots = torch.where(kept, positions % self.window, self.window)
+        self.write(keys, values, slots)
+        lanes = torch.arange(len(slots), device=slots.device)[:, None]
+        self.positions[lanes, slots] = torch.where(kept, positions, -1)
+        self.spans[lanes, slots] = torch.where(kept, spans, -1)
+        return all_keys, all_values, all_positions, all_spans
+
+    def reserve(self, max_len: int) -> None:
+        """Nothing: its size does not depend on the length."""

@@ -1,12 +1,17 @@
 """The shell that every architecture shares: embed, blocks, norm, head.
 
 An architecture is a subclass whose ``__init__`` makes a list of blocks and hands it over. A block
-is a module with
+(``layers.Block`` serves most) is a module with
 
     forward(x, context, cache=None) -> x         x: (batch, seq, dim)
     new_cache(batch_size, max_len, device, dtype) -> its decoding state, or None
 
-and its mixers say by a class attribute ``parameter_group`` where their parameters are counted.
+A module inside may say more of itself, by duck typing:
+
+    parameter_group               where its parameters are counted
+    inactive_parameters()         how many of them one token does not use (experts not chosen)
+    after_optimizer_step(reduce)  called once a step of training (balancing of experts)
+    context.extras                takes terms of the loss and figures to log
 """
 
 from __future__ import annotations
@@ -15,16 +20,18 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from toolmem.errors import ToolmemError
+from toolmem.models.attention import rotary_tables
 from toolmem.models.cache import Cache
+from toolmem.models.context import Context, Extras
 from toolmem.models.initialization import initialize
-from toolmem.models.layers import Context, RMSNorm, rotary_tables
-from toolmem.models.masks import cache_mask, document_mask, document_positions
+from toolmem.models.layers import RMSNorm
+from toolmem.models.masks import document_positions
 
 
 def _recording(init: Callable[..., None]) -> Callable[..., None]:
@@ -64,6 +71,10 @@ class LanguageModel(nn.Module):
         tie_embeddings: the head is the embedding, transposed.
         embedding_scale: multiply embedded tokens by sqrt(dim) (arXiv 1706.03762), so that a tied
             table can be small enough for the head and large enough for the stream.
+        embedding_norm: a norm on the embedded tokens, or None.
+        logit_softcap: bound the logits to (-cap, cap) by a tanh (arXiv 2408.00118); 0 for none.
+        attention_mask: ``causal``, or ``prefix``: attention looks both ways within each span of tokens
+            that the model did not write (``spans`` of ``hidden``).
         dropout: probability, on the embedded tokens (blocks see to their own).
         initialization: a scheme of ``initialization.py``.
     """
@@ -88,10 +99,19 @@ class LanguageModel(nn.Module):
         learned_positions: bool = False,
         tie_embeddings: bool = False,
         embedding_scale: bool = False,
+        embedding_norm: nn.Module | None = None,
+        logit_softcap: float = 0.0,
+        attention_mask: Literal["causal", "prefix"] = "causal",
         dropout: float = 0.0,
         initialization: str = "scaled",
     ) -> None:
         super().__init__()
+        if attention_mask not in ("causal", "prefix"):
+            raise ToolmemError(
+                f"attention_mask: unknown {attention_mask!r}; choose causal or prefix"
+            )
+        self.attention_mask = attention_mask
+        self.logit_softcap = logit_softcap
         self.vocab_size = vocab_size
         self.dim = dim
         self.max_seq_len = max_seq_len
@@ -99,6 +119,7 @@ class LanguageModel(nn.Module):
         self.scale = math.sqrt(dim) if embedding_scale else 1.0
         self.embedding = nn.Embedding(vocab_size, dim)
         self.position_embedding = nn.Embedding(max_seq_len, dim) if learned_positions else None
+        self.embedding_norm = embedding_norm
         self.dropout = nn.Dropout(dropout) if dropout else None
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm
@@ -123,6 +144,8 @@ class LanguageModel(nn.Module):
         documents: Tensor | None = None,
         cache: Cache | None = None,
         counts: Tensor | None = None,
+        spans: Tensor | None = None,
+        extras: Extras | None = None,
     ) -> Tensor:
         """What the head reads: the last block's output after the final norm.
 
@@ -133,6 +156,10 @@ class LanguageModel(nn.Module):
             cache: decoding state that ``tokens`` continue; it takes them in.
             counts: (batch,) int64, how many tokens of each row are real, only with a cache; None
                 when all are. What comes out at padding means nothing.
+            spans: (batch, seq) int64, ids (0 and up, unlike those of the row's other spans) of the spans
+                that the model did not write, -1 elsewhere. A model of ``attention_mask: prefix`` looks
+                both ways within each; with a cache, a span must come in one chunk. Others ignore it.
+            extras: takes terms of the loss and figures to log.
 
         Returns:
             (batch, seq, dim).
@@ -140,17 +167,22 @@ class LanguageModel(nn.Module):
         Raises:
             ToolmemError: for a sequence longer than ``max_seq_len``, or than the cache.
         """
+        if self.attention_mask == "causal":
+            spans = None
         if cache is None:
-            positions, context = self._context(tokens, documents)
+            context = self._context(tokens, documents, spans)
         else:
             if documents is not None:
                 raise ToolmemError("documents cannot be given with a cache: one lane, one document")
-            positions, context = self._cached_context(tokens, cache, counts)
+            context = self._cached_context(tokens, cache, counts, spans)
+        context.extras = extras
         x = self.embedding(tokens)
         if self.scale != 1.0:
             x = x * self.scale
         if self.position_embedding is not None:
-            x = x + self.position_embedding(positions)
+            x = x + self.position_embedding(context.positions)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
         if self.dropout is not None:
             x = self.dropout(x)
         for index, block in enumerate(self.blocks):
@@ -161,7 +193,10 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: (..., dim) to (..., vocab_size)."""
-        return self.head(hidden)
+        logits = self.head(hidden)
+        if self.logit_softcap:
+            logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)
+        return logits
 
     def forward(
         self,
@@ -170,9 +205,32 @@ class LanguageModel(nn.Module):
         documents: Tensor | None = None,
         cache: Cache | None = None,
         counts: Tensor | None = None,
+        spans: Tensor | None = None,
+        extras: Extras | None = None,
     ) -> Tensor:
         """Logits of the next token, (batch, seq, vocab_size); arguments as ``hidden``."""
-        return self.logits(self.hidden(tokens, documents=documents, cache=cache, counts=counts))
+        return self.logits(
+            self.hidden(
+                tokens, documents=documents, cache=cache, counts=counts, spans=spans, extras=extras
+            )
+        )
+
+    def after_optimizer_step(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Let the modules that want to do something once a step of training do it.
+
+        Args:
+            reduce: sums a tensor over all ranks.
+        """
+        for module in self._hooked:
+            module.after_optimizer_step(reduce)  # type: ignore[operator]
+
+    @functools.cached_property
+    def _hooked(self) -> list[nn.Module]:
+        return [
+            module
+            for module in self.modules()
+            if module is not self and hasattr(module, "after_optimizer_step")
+        ]
 
     def new_cache(
         self,
@@ -196,7 +254,7 @@ class LanguageModel(nn.Module):
             block.new_cache(batch_size, max_len, device, dtype)  # type: ignore[operator]
             for block in self.blocks
         ]
-        return Cache(layers, batch_size, max_len, device)
+        return Cache(layers, batch_size, max_len, device, spans=self.attention_mask == "prefix")
 
     def parameter_counts(self) -> dict[str, int]:
         """Number of parameters by group; a tied table is counted once, as embedding."""
@@ -208,6 +266,15 @@ class LanguageModel(nn.Module):
             counts[group] = counts.get(group, 0) + parameter.numel()
         assert sum(counts.values()) == sum(p.numel() for p in self.parameters())
         return counts
+
+    def active_parameters(self) -> int:
+        """Number of parameters that one token uses: all but those of experts not chosen."""
+        unused = sum(
+            module.inactive_parameters()  # type: ignore[operator]
+            for module in self.modules()
+            if hasattr(module, "inactive_parameters")
+        )
+        return sum(p.numel() for p in self.parameters()) - unused
 
     def _collect_groups(self, module: nn.Module, group: str, groups: dict[int, str]) -> None:
         """Note each parameter's group, by the nearest module around it that names one."""
@@ -231,27 +298,25 @@ class LanguageModel(nn.Module):
                 f"{self.max_seq_len}: raise max_seq_len, or cut the sequences"
             )
 
-    def _context(self, tokens: Tensor, documents: Tensor | None) -> tuple[Tensor | None, Context]:
-        """Positions and context of whole rows."""
+    def _context(self, tokens: Tensor, documents: Tensor | None, spans: Tensor | None) -> Context:
+        """The context of whole rows."""
         seq = tokens.shape[1]
         self._check_length(seq)
-        context = Context(documents=documents)
-        positions = None
-        if documents is not None:
-            context.mask = document_mask(documents)
-            positions = document_positions(documents)
-        elif self.position_embedding is not None:
-            positions = torch.arange(seq, device=tokens.device)
-        if self.rotary and positions is not None:
+        if documents is None:
+            context = Context(torch.arange(seq, device=tokens.device), spans=spans)
+            if self.rotary:
+                context.rotary = (self.rotary_cos[:seq], self.rotary_sin[:seq])
+            return context
+        positions = document_positions(documents)
+        context = Context(positions, documents=documents, spans=spans)
+        if self.rotary:
             context.rotary = (self.rotary_cos[positions], self.rotary_sin[positions])
-        elif self.rotary:
-            context.rotary = (self.rotary_cos[:seq], self.rotary_sin[:seq])
-        return positions, context
+        return context
 
     def _cached_context(
-        self, tokens: Tensor, cache: Cache, counts: Tensor | None
-    ) -> tuple[Tensor, Context]:
-        """Positions and context of a chunk that continues the cache's lanes."""
+        self, tokens: Tensor, cache: Cache, counts: Tensor | None, spans: Tensor | None
+    ) -> Context:
+        """The context of a chunk that continues the cache's lanes."""
         seq = tokens.shape[1]
         index = torch.arange(seq, device=tokens.device)
         positions = cache.lengths[:, None] + index
@@ -263,10 +328,14 @@ class LanguageModel(nn.Module):
             # Padding goes to the slot that nothing looks at, and takes a position that exists.
             slots = torch.where(index < counts[:, None], positions, cache.max_len)
             positions = positions.clamp(max=self.max_seq_len - 1)
-        context = Context(counts=counts, slots=slots)
+        if cache.spans is not None:
+            spans = torch.full_like(tokens, -1) if spans is None else spans
+            if counts is not None:
+                spans = torch.where(index < counts[:, None], spans, -1)
+            cache.spans.scatter_(1, slots, spans)
+        context = Context(positions, counts=counts, slots=slots, spans=spans, key_spans=cache.spans)
         if cache.longest:  # else the chunk is all there is, and plain causal attention serves
             context.n_keys = longest
-            context.mask = cache_mask(positions, longest)
         if self.rotary:
             context.rotary = (self.rotary_cos[positions], self.rotary_sin[positions])
-        return positions, context
+        return context

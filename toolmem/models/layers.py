@@ -1,44 +1,22 @@
-"""Parts that architectures are put together from: norms, rotary positions, attention, feed-forward.
+"""Parts that architectures are put together from: norms, short convolution, feed-forward, block.
 
-Shapes: b batch, s seq, h heads, k key/value heads, d head_dim, c channels.
+Shapes: b batch, s seq, c channels.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from toolmem.errors import ToolmemError
-from toolmem.models.cache import AttentionCache
+from toolmem.models.cache import LaneState
+from toolmem.models.context import Context
 
 NormKind = Literal["rms", "layer"]
 FeedForwardKind = Literal["swiglu", "silu", "gelu", "relu2"]
-
-
-@dataclass
-class Context:
-    """What a block may need to know of the tokens that it is given; made once a forward pass.
-
-    Args:
-        documents: (b, s) ids within which attention and convolution stay, or None.
-        mask: bool, broadcasting to (b, h, s, keys), True where attention is allowed; None for plain
-            causal attention.
-        rotary: cosines and sines, each (s, 1, d) or (b, s, 1, d); None without rotary positions.
-        counts: (b,) int64, real tokens of each row of a cached chunk; None when all are.
-        slots: (b, s) int64, where each new token goes in a cache; None without one.
-        n_keys: cached keys to look at; 0 when the chunk is all there is.
-    """
-
-    documents: Tensor | None = None
-    mask: Tensor | None = None
-    rotary: tuple[Tensor, Tensor] | None = None
-    counts: Tensor | None = None
-    slots: Tensor | None = None
-    n_keys: int = 0
 
 
 class RMSNorm(nn.Module):
@@ -66,36 +44,6 @@ def make_norm(kind: str, dim: int, eps: float, bias: bool = False) -> nn.Module:
     if kind == "layer":
         return nn.LayerNorm(dim, eps=eps, bias=bias)
     raise ToolmemError(f"norm: unknown {kind!r}; choose rms or layer")
-
-
-def rotary_tables(head_dim: int, max_seq_len: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of rotary positions (RoPE, arXiv 2104.09864), in Llama's layout of halves.
-
-    The sines carry the sign of ``rotate``'s swap, so that rotating is two products and a sum.
-
-    Args:
-        head_dim: width of a head, even.
-        max_seq_len: number of positions.
-        base: the slowest pair turns by 1/base^((d-2)/d) radians a token.
-
-    Returns:
-        two float32 tensors (max_seq_len, 1, head_dim).
-    """
-    frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    angles = torch.arange(max_seq_len, dtype=torch.float64)[:, None] * frequencies
-    cos, sin = angles.cos().float(), angles.sin().float()
-    return torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
-
-
-def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each head by its position.
-
-    Args:
-        x: (b, s, h, d).
-        rotary: cosines and signed sines that broadcast to it (``rotary_tables``).
-    """
-    cos, sin = (table.to(x.dtype) for table in rotary)
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class ShortConvolution(nn.Module):
@@ -139,6 +87,30 @@ class ShortConvolution(nn.Module):
             y = torch.addcmul(y, earlier, taps[j])
         return y
 
+    def run(self, x: Tensor, context: Context, cache: Any, tail: str) -> Tensor:
+        """Convolve whole rows, or a chunk that continues a cache.
+
+        Args:
+            x: (b, s, c).
+            context: of the forward pass.
+            cache: a state, or None for whole rows.
+            tail: name of the attribute of ``cache`` that keeps this convolution's last inputs.
+        """
+        if cache is None:
+            return self(x, context.documents)
+        y, new_tail = self.step(x, getattr(cache, tail), context.counts)
+        setattr(cache, tail, new_tail)
+        return y
+
+    def new_tail(
+        self,
+        batch_size: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """The inputs before the first token: zeros, (batch_size, width - 1, channels)."""
+        return torch.zeros(batch_size, self.width - 1, self.channels, device=device, dtype=dtype)
+
     def step(self, x: Tensor, tail: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:
         """Convolve a chunk that continues each lane.
 
@@ -156,110 +128,6 @@ class ShortConvolution(nn.Module):
             return y, joined[:, joined.shape[1] - self.width + 1 :]
         index = counts[:, None] + torch.arange(self.width - 1, device=x.device)
         return y, joined.gather(1, index[:, :, None].expand(-1, -1, self.channels))
-
-
-class Attention(nn.Module):
-    """Causal self-attention with grouped key/value heads (GQA, arXiv 2305.13245).
-
-    Args:
-        dim: width of the residual stream.
-        n_heads: query heads.
-        n_kv_heads: key/value heads; each serves n_heads / n_kv_heads query heads.
-        head_dim: width of a head.
-        qk_norm: RMS-normalise each query and key head before rotation (arXiv 2302.05442).
-        norm_eps: epsilon of those norms.
-        conv_width: taps of a short convolution over queries, keys and values; 0 for none.
-        bias: biases in both projections.
-    """
-
-    parameter_group = "attention"
-
-    def __init__(
-        self,
-        dim: int,
-        n_heads: int,
-        n_kv_heads: int,
-        head_dim: int,
-        qk_norm: bool = False,
-        norm_eps: float = 1e-5,
-        conv_width: int = 0,
-        bias: bool = False,
-    ) -> None:
-        super().__init__()
-        self.n_heads = n_heads
-        self.n_kv_heads = n_kv_heads
-        self.head_dim = head_dim
-        channels = (n_heads + 2 * n_kv_heads) * head_dim
-        self.qkv = nn.Linear(dim, channels, bias=bias)
-        self.out = nn.Linear(n_heads * head_dim, dim, bias=bias)
-        self.q_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
-        self.k_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
-        self.conv = ShortConvolution(channels, conv_width) if conv_width else None
-
-    def new_cache(
-        self,
-        batch_size: int,
-        max_len: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> AttentionCache:
-        """Empty decoding state of this layer."""
-        return AttentionCache(
-            batch_size,
-            max_len,
-            self.n_kv_heads,
-            self.head_dim,
-            tail=self.conv.width - 1 if self.conv else 0,
-            channels=self.conv.channels if self.conv else 0,
-            device=device,
-            dtype=dtype,
-        )
-
-    def forward(self, x: Tensor, context: Context, cache: AttentionCache | None = None) -> Tensor:
-        """Attend.
-
-        Args:
-            x: (b, s, dim).
-            context: masks and positions.
-            cache: this layer's state, written to.
-        """
-        b, s, _ = x.shape
-        h, k = self.n_heads, self.n_kv_heads
-        qkv = self.qkv(x)
-        if self.conv is not None:
-            if cache is None:
-                qkv = self.conv(qkv, context.documents)
-            else:
-                qkv, cache.tail = self.conv.step(qkv, cache.tail, context.counts)
-        heads = qkv.view(b, s, h + 2 * k, self.head_dim)
-        # Queries and keys turn together, as one tensor: half the operations.
-        queries_keys, values = heads[:, :, : h + k], heads[:, :, h + k :]
-        if self.q_norm is not None and self.k_norm is not None:
-            queries, keys = queries_keys[:, :, :h], queries_keys[:, :, h:]
-            queries_keys = torch.cat((self.q_norm(queries), self.k_norm(keys)), dim=2)
-        if context.rotary is not None:
-            queries_keys = rotate(queries_keys, context.rotary)
-        queries, keys = queries_keys[:, :, :h], queries_keys[:, :, h:]
-        if cache is not None and context.slots is not None:
-            cache.write(keys, values, context.slots)
-        if cache is not None and context.n_keys:
-            keys_, values_ = (
-                cache.keys[:, :, : context.n_keys],
-                cache.values[:, :, : context.n_keys],
-            )
-        else:
-            keys_, values_ = keys.transpose(1, 2), values.transpose(1, 2)
-        # The flash kernel also for tiny heads: at (128, 2, 70, 16) forward and backward took 13 ms
-        # on one core, 25 ms by the math kernel and 16 ms by two bmm and a softmax.
-        y = F.scaled_dot_product_attention(
-            queries.transpose(1, 2),
-            keys_,
-            values_,
-            attn_mask=context.mask,
-            is_causal=context.mask is None,
-            enable_gqa=h != k,
-        )
-        return self.out(y.transpose(1, 2).reshape(b, s, h * self.head_dim))
 
 
 class FeedForward(nn.Module):
@@ -286,8 +154,8 @@ class FeedForward(nn.Module):
         self.up = nn.Linear(dim, hidden_dim * (2 if kind == "swiglu" else 1), bias=bias)
         self.down = nn.Linear(hidden_dim, dim, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, s, dim) to (b, s, dim)."""
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
+        """(b, s, dim) to (b, s, dim); each token by itself, so that nothing of the context is asked."""
         x = self.up(x)
         if self.kind == "swiglu":
             gate, value = x.chunk(2, dim=-1)
@@ -299,3 +167,113 @@ class FeedForward(nn.Module):
         else:
             x = F.relu(x).square()
         return self.down(x)
+
+
+class Mixer(Protocol):
+    """What mixes tokens in a block: attention, an SSM, an RNN."""
+
+    def __call__(self, x: Tensor, context: Context, cache: Any = None) -> Tensor:
+        """(b, s, dim) to (b, s, dim); reads and writes ``cache`` where there is one."""
+
+    def new_cache(
+        self,
+        batch_size: int,
+        max_len: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> LaneState | None:
+        """Empty decoding state of this layer; None where it remembers nothing."""
+
+
+class BlockState(LaneState):
+    """What a block remembers: its mixer's state, and the tails of its short convolutions."""
+
+    mixer: LaneState | None
+    mixer_tail: Tensor
+    feed_forward_tail: Tensor
+
+    def __init__(self, mixer: LaneState | None) -> None:
+        self.mixer = mixer
+
+
+class Block(nn.Module):
+    """A mixer over tokens, then a feed-forward, each on a normalised input and added to the stream.
+
+    Args:
+        dim: width of the residual stream.
+        mixer: mixes tokens.
+        feed_forward: mixes channels, called with (x, context); None for a block of one branch, as
+            Mamba's.
+        norm: ``rms`` or ``layer``.
+        norm_eps: epsilon of the norms.
+        bias: biases in layer norms.
+        dropout: probability, on what each branch adds.
+        sandwich_norm: normalise also what each branch adds (Gemma 2, arXiv 2408.00118).
+        residual_conv: taps of a short convolution on each branch's normalised input (Canon A and C of
+            arXiv 2512.17351); 0 for none.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mixer: nn.Module,
+        feed_forward: nn.Module | None,
+        norm: str = "rms",
+        norm_eps: float = 1e-5,
+        bias: bool = False,
+        dropout: float = 0.0,
+        sandwich_norm: bool = False,
+        residual_conv: int = 0,
+    ) -> None:
+        super().__init__()
+
+        def new_norm(wanted: bool = True) -> nn.Module | None:
+            return make_norm(norm, dim, norm_eps, bias) if wanted else None
+
+        def new_conv(wanted: bool = True) -> ShortConvolution | None:
+            return ShortConvolution(dim, residual_conv) if residual_conv and wanted else None
+
+        self.mixer_norm = make_norm(norm, dim, norm_eps, bias)
+        self.mixer_conv = new_conv()
+        self.mixer = mixer
+        self.mixer_post_norm = new_norm(sandwich_norm)
+        two = feed_forward is not None
+        self.feed_forward_norm = new_norm(two)
+        self.feed_forward_conv = new_conv(two)
+        self.feed_forward = feed_forward
+        self.feed_forward_post_norm = new_norm(two and sandwich_norm)
+        self.dropout = nn.Dropout(dropout) if dropout else None
+
+    def forward(self, x: Tensor, context: Context, cache: BlockState | None = None) -> Tensor:
+        """(b, s, dim) to (b, s, dim)."""
+        y = self.mixer_norm(x)
+        if self.mixer_conv is not None:
+            y = self.mixer_conv.run(y, context, cache, "mixer_tail")
+        y = self.mixer(y, context, None if cache is None else cache.mixer)
+        x = self._add(x, y, self.mixer_post_norm)
+        if self.feed_forward is None or self.feed_forward_norm is None:
+            return x
+        y = self.feed_forward_norm(x)
+        if self.feed_forward_conv is not None:
+            y = self.feed_forward_conv.run(y, context, cache, "feed_forward_tail")
+        return self._add(x, self.feed_forward(y, context), self.feed_forward_post_norm)
+
+    def _add(self, x: Tensor, y: Tensor, norm: nn.Module | None) -> Tensor:
+        if norm is not None:
+            y = norm(y)
+        return x + (y if self.dropout is None else self.dropout(y))
+
+    def new_cache(
+        self,
+        batch_size: int,
+        max_len: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> BlockState:
+        """Empty decoding state of this block."""
+        state = BlockState(self.mixer.new_cache(batch_size, max_len, device, dtype))  # type: ignore[operator]
+        if self.mixer_conv is not None:
+            state.mixer_tail = self.mixer_conv.new_tail(batch_size, device, dtype)
+        if self.feed_forward_conv is not None:
+            state.feed_forward_tail = self.feed_forward_conv.new_tail(batch_size, device, dtype)
+        return state

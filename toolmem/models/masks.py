@@ -1,4 +1,4 @@
-"""Which token may see which: causal, blocked by document, and over a cache of keys.
+"""Which token may see which: causal, blocked by document, over a window, over a cache, by spans.
 
 Masks are bool, True where attention is allowed, and broadcast to (batch, heads, queries, keys).
 Plain causal attention has none: ``scaled_dot_product_attention(is_causal=True)`` needs none.
@@ -43,14 +43,74 @@ def document_positions(documents: Tensor) -> Tensor:
     return index - torch.where(starts, index, 0).cummax(dim=1).values
 
 
-def cache_mask(positions: Tensor, n_keys: int) -> Tensor:
-    """Attention of new tokens over cached keys, key j being the lane's token at position j.
+def attention_mask(
+    positions: Tensor,
+    *,
+    n_keys: int = 0,
+    documents: Tensor | None = None,
+    spans: Tensor | None = None,
+    key_spans: Tensor | None = None,
+    window: int = 0,
+) -> Tensor | None:
+    """The mask of one forward pass, or None where plain causal attention does.
 
     Args:
-        positions: (batch, seq) int64, the position of each new token in its lane.
-        n_keys: how many keys are looked at.
+        positions: (batch, seq) or (seq,) int64, each token's position in its document or lane.
+        n_keys: cached keys that are looked at, key j being the lane's token at position j; 0 when the
+            tokens look at each other alone.
+        documents: (batch, seq) ids within which attention stays; not with cached keys.
+        spans: (batch, seq) int64: tokens that share an id of 0 and up see each other both ways; -1
+            elsewhere.
+        key_spans: (batch, at least n_keys) int64: the same of the cached keys.
+        window: how many tokens back, itself included; 0 for all. A span is seen within it both ways.
 
     Returns:
-        (batch, 1, seq, n_keys) bool.
+        bool, (seq, seq) or (batch, 1, seq, keys).
     """
-    return (torch.arange(n_keys, device=positions.device) <= positions[:, :, None])[:, None]
+    seq = positions.shape[-1]
+    if not n_keys and documents is None and spans is None and not 0 < window < seq:
+        return None
+    if n_keys:
+        queries = positions[..., :, None]
+        keys = torch.arange(n_keys, device=positions.device)
+    else:  # within a row, places serve as well as positions: documents are told apart below
+        index = torch.arange(seq, device=positions.device)
+        queries, keys = index[:, None], index
+    distance = queries - keys
+    allowed = distance >= 0
+    if spans is not None:
+        of_keys = key_spans[:, :n_keys] if n_keys and key_spans is not None else spans
+        allowed = allowed | ((spans[:, :, None] == of_keys[:, None, :]) & (spans >= 0)[:, :, None])
+    if window:
+        allowed = allowed & (distance.abs() < window)
+    if documents is not None:
+        allowed = allowed & (documents[:, :, None] == documents[:, None, :])
+    return allowed if allowed.ndim == 2 else allowed[:, None]
+
+
+def ring_mask(
+    positions: Tensor,
+    key_positions: Tensor,
+    window: int,
+    spans: Tensor | None = None,
+    key_spans: Tensor | None = None,
+) -> Tensor:
+    """Attention over keys that lie in any order, each known by its position.
+
+    Args:
+        positions: (batch, seq) int64, of the queries.
+        key_positions: (batch, keys) int64; -1 where there is no key.
+        window: how many tokens back, itself included.
+        spans: (batch, seq) int64 ids of the queries' spans, -1 for none; None for causal attention.
+        key_spans: (batch, keys) int64, of the keys'.
+
+    Returns:
+        (batch, 1, seq, keys) bool.
+    """
+    distance = positions[:, :, None] - key_positions[:, None, :]
+    allowed = distance >= 0
+    if spans is not None and key_spans is not None:
+        same = spans[:, :, None] == key_spans[:, None, :]
+        allowed = allowed | (same & (spans >= 0)[:, :, None])
+    exists = (key_positions >= 0)[:, None, :]
+    return (allowed & (distance.abs() < window) & exists)[:, None]

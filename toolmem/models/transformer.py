@@ -2,71 +2,19 @@
 
 Unusual about it: query, key and value come from one projection, and may pass through a causal
 convolution of a few tokens (Canon layers), which makes learning to copy reliable; the gated
-feed-forward has one input projection. Everything else is Llama's (or, by options, GPT-2's).
+feed-forward has one input projection. Everything else is Llama's (or, by options, GPT-2's), and the
+options that open models have tried since are all off.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
-import torch
-from torch import Tensor, nn
-
 from toolmem.errors import ToolmemError
-from toolmem.models.cache import AttentionCache
+from toolmem.models.attention import Attention
 from toolmem.models.language_model import LanguageModel
-from toolmem.models.layers import (
-    Attention,
-    Context,
-    FeedForward,
-    FeedForwardKind,
-    NormKind,
-    make_norm,
-)
-
-
-class Block(nn.Module):
-    """Attention, then feed-forward, each on a normalised input and added to the stream.
-
-    Args:
-        attention: the mixer over tokens.
-        feed_forward: the mixer over channels.
-        attention_norm: before the first.
-        feed_forward_norm: before the second.
-        dropout: probability, on what each adds.
-    """
-
-    def __init__(
-        self,
-        attention: Attention,
-        feed_forward: FeedForward,
-        attention_norm: nn.Module,
-        feed_forward_norm: nn.Module,
-        dropout: float = 0.0,
-    ) -> None:
-        super().__init__()
-        self.attention_norm = attention_norm
-        self.attention = attention
-        self.feed_forward_norm = feed_forward_norm
-        self.feed_forward = feed_forward
-        self.dropout = nn.Dropout(dropout) if dropout else None
-
-    def forward(self, x: Tensor, context: Context, cache: AttentionCache | None = None) -> Tensor:
-        """(batch, seq, dim) to (batch, seq, dim)."""
-        y = self.attention(self.attention_norm(x), context, cache)
-        x = x + (y if self.dropout is None else self.dropout(y))
-        y = self.feed_forward(self.feed_forward_norm(x))
-        return x + (y if self.dropout is None else self.dropout(y))
-
-    def new_cache(
-        self,
-        batch_size: int,
-        max_len: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> AttentionCache:
-        """Empty decoding state of this layer."""
-        return self.attention.new_cache(batch_size, max_len, device, dtype)
+from toolmem.models.layers import Block, FeedForward, FeedForwardKind, NormKind, make_norm
 
 
 class Transformer(LanguageModel):
@@ -84,13 +32,26 @@ class Transformer(LanguageModel):
         norm: ``rms`` or ``layer``.
         position: ``rope``, ``learned`` or ``none``.
         rope_base: RoPE's base.
+        rope_fraction: share of each head that RoPE turns (partial RoPE, arXiv 2204.02311).
+        nope_every: leave every so-manieth layer without rotary positions (SmolLM3's NoPE layers,
+            arXiv 2501.18795); 0 for none.
         qk_norm: RMS-normalise query and key heads.
+        window: how many tokens back a layer looks, itself included; a list is a pattern repeated over
+            the layers, 0 for all (``[512, 512, 0]``: every third layer sees everything).
+        attention_mask: ``causal``, or ``prefix``: attention looks both ways within each span that the
+            model did not write (arXiv 1910.10683).
+        attention_softcap: bound attention's logits by a tanh (arXiv 2408.00118); 0 for none.
+        value_residual: mix the first layer's values into every layer's (arXiv 2410.17897).
         feed_forward: ``swiglu``, ``silu``, ``gelu`` or ``relu2``.
         tie_embeddings: the head is the embedding, transposed.
         embedding_scale: multiply embedded tokens by sqrt(dim).
+        embedding_norm: normalise embedded tokens.
+        logit_softcap: bound the logits to (-cap, cap) by a tanh (arXiv 2408.00118); 0 for none.
         dropout: probability, on embedded tokens and on what each branch adds to the stream.
         conv_width: taps of the short causal convolution on query, key and value; 0 for none.
-        initialization: ``scaled``, ``gpt2`` or ``llama`` (``initialization.py``).
+        residual_conv: taps of one on each branch's input (Canon A and C); 0 for none.
+        sandwich_norm: normalise also what each branch adds to the stream.
+        initialization: a scheme of ``initialization.py``.
         norm_eps: epsilon of the norms.
         bias: biases in projections and layer norms.
 
@@ -111,68 +72,161 @@ class Transformer(LanguageModel):
         norm: NormKind = "rms",
         position: Literal["rope", "learned", "none"] = "rope",
         rope_base: float = 10_000.0,
+        rope_fraction: float = 1.0,
+        nope_every: int = 0,
         qk_norm: bool = False,
+        window: int | list[int] = 0,
+        attention_mask: Literal["causal", "prefix"] = "causal",
+        attention_softcap: float = 0.0,
+        value_residual: bool = False,
         feed_forward: FeedForwardKind = "swiglu",
         tie_embeddings: bool = False,
         embedding_scale: bool = False,
+        embedding_norm: bool = False,
+        logit_softcap: float = 0.0,
         dropout: float = 0.0,
         conv_width: int = 0,
+        residual_conv: int = 0,
+        sandwich_norm: bool = False,
         initialization: str = "scaled",
         norm_eps: float = 1e-5,
         bias: bool = False,
     ) -> None:
-        sizes = {"vocab_size": vocab_size, "dim": dim, "n_layers": n_layers, "n_heads": n_heads}
-        sizes |= {"max_seq_len": max_seq_len}
-        optional = {"n_kv_heads": n_kv_heads, "hidden_dim": hidden_dim, "head_dim": head_dim}
-        sizes |= {name: value for name, value in optional.items() if value is not None}
-        for name, value in sizes.items():
-            if value < 1:
-                raise ToolmemError(f"{name} is {value}: it must be at least 1")
-        if head_dim is None and dim % n_heads:
-            raise ToolmemError(
-                f"dim {dim} is not divisible by n_heads {n_heads}: change n_heads or dim, or set "
-                "head_dim"
-            )
-        kv_heads = n_heads if n_kv_heads is None else n_kv_heads
-        if n_heads % kv_heads:
-            raise ToolmemError(
-                f"n_heads {n_heads} is not divisible by n_kv_heads {kv_heads}: change n_kv_heads"
-            )
-        width = dim // n_heads if head_dim is None else head_dim
-        if position not in ("rope", "learned", "none"):
-            raise ToolmemError(f"position: unknown {position!r}; choose rope, learned or none")
-        if position == "rope" and width % 2:
-            raise ToolmemError(
-                f"head_dim {width} is odd, and position: rope turns pairs of numbers: make "
-                "head_dim (dim / n_heads) even, or choose another position"
-            )
+        check_sizes(
+            vocab_size=vocab_size,
+            dim=dim,
+            n_layers=n_layers,
+            n_heads=n_heads,
+            max_seq_len=max_seq_len,
+            n_kv_heads=n_kv_heads,
+            hidden_dim=hidden_dim,
+            head_dim=head_dim,
+        )
+        kv_heads, width = head_sizes(dim, n_heads, n_kv_heads, head_dim)
+        rotary_dim = rotary_width(width, position, rope_fraction)
         if not 0 <= dropout < 1:
             raise ToolmemError(f"dropout is {dropout}: it must be at least 0 and below 1")
-        if conv_width < 0:
-            raise ToolmemError(f"conv_width is {conv_width}: it must be 0 (off) or more")
+        off_or_more = {
+            "conv_width": conv_width,
+            "residual_conv": residual_conv,
+            "nope_every": nope_every,
+            "attention_softcap": attention_softcap,
+            "logit_softcap": logit_softcap,
+        }
+        for name, value in off_or_more.items():
+            if value < 0:
+                raise ToolmemError(f"{name} is {value}: it must be 0 (off) or more")
         if norm_eps <= 0 or rope_base <= 0:
             raise ToolmemError("norm_eps and rope_base must be above 0")
+        windows = window_pattern(window, n_layers)
 
-        def block() -> Block:
+        def block(index: int) -> Block:
+            attention = Attention(
+                dim,
+                n_heads,
+                kv_heads,
+                width,
+                qk_norm,
+                norm_eps,
+                conv_width,
+                bias,
+                window=windows[index],
+                rope=not nope_every or (index + 1) % nope_every != 0,
+                value_residual=value_residual,
+                softcap=attention_softcap,
+            )
             return Block(
-                Attention(dim, n_heads, kv_heads, width, qk_norm, norm_eps, conv_width, bias),
+                dim,
+                attention,
                 FeedForward(dim, hidden_dim or 4 * dim, feed_forward, bias),
-                make_norm(norm, dim, norm_eps, bias),
-                make_norm(norm, dim, norm_eps, bias),
+                norm,
+                norm_eps,
+                bias,
                 dropout,
+                sandwich_norm,
+                residual_conv,
             )
 
         super().__init__(
-            [block() for _ in range(n_layers)],
+            [block(index) for index in range(n_layers)],
             make_norm(norm, dim, norm_eps, bias),
             vocab_size=vocab_size,
             dim=dim,
             max_seq_len=max_seq_len,
-            rotary_dim=width if position == "rope" else 0,
+            rotary_dim=rotary_dim,
             rope_base=rope_base,
             learned_positions=position == "learned",
             tie_embeddings=tie_embeddings,
             embedding_scale=embedding_scale,
+            embedding_norm=make_norm(norm, dim, norm_eps, bias) if embedding_norm else None,
+            logit_softcap=logit_softcap,
+            attention_mask=attention_mask,
             dropout=dropout,
             initialization=initialization,
         )
+
+
+def check_sizes(**sizes: int | None) -> None:
+    """Refuse, by name, a size below 1; None is a size left open."""
+    for name, value in sizes.items():
+        if value is not None and value < 1:
+            raise ToolmemError(f"{name} is {value}: it must be at least 1")
+
+
+def head_sizes(
+    dim: int, n_heads: int, n_kv_heads: int | None, head_dim: int | None
+) -> tuple[int, int]:
+    """The number of key/value heads and the width of a head, defaults filled in.
+
+    Raises:
+        ToolmemError: when heads do not divide what they share.
+    """
+    if head_dim is None and dim % n_heads:
+        raise ToolmemError(
+            f"dim {dim} is not divisible by n_heads {n_heads}: change n_heads or dim, or set "
+            "head_dim"
+        )
+    kv_heads = n_heads if n_kv_heads is None else n_kv_heads
+    if n_heads % kv_heads:
+        raise ToolmemError(
+            f"n_heads {n_heads} is not divisible by n_kv_heads {kv_heads}: change n_kv_heads"
+        )
+    return kv_heads, dim // n_heads if head_dim is None else head_dim
+
+
+def rotary_width(head_dim: int, position: str, fraction: float = 1.0) -> int:
+    """How many numbers of each head rotary positions turn; 0 where ``position`` is not ``rope``.
+
+    Raises:
+        ToolmemError: for an unknown ``position``, or a width that is odd.
+    """
+    if position not in ("rope", "learned", "none"):
+        raise ToolmemError(f"position: unknown {position!r}; choose rope, learned or none")
+    if position != "rope":
+        return 0
+    if not 0 < fraction <= 1:
+        raise ToolmemError(
+            f"rope_fraction is {fraction}: it must be above 0 and at most 1 (position: none turns "
+            "nothing)"
+        )
+    if fraction == 1 and head_dim % 2:
+        raise ToolmemError(
+            f"head_dim {head_dim} is odd, and position: rope turns pairs of numbers: make head_dim "
+            "(dim / n_heads) even, or choose another position"
+        )
+    return max(2, 2 * round(head_dim * fraction / 2))
+
+
+def window_pattern(window: int | Sequence[int], n_layers: int) -> list[int]:
+    """Each layer's window; a list is repeated over the layers.
+
+    Raises:
+        ToolmemError: for a negative window, or an empty list.
+    """
+    pattern = [window] if isinstance(window, int) else list(window)
+    if not pattern or min(pattern) < 0:
+        raise ToolmemError(
+            f"window is {window}: give tokens (0 for all of them), or a list that repeats over the "
+            "layers"
+        )
+    return [pattern[index % len(pattern)] for index in range(n_layers)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -54,6 +55,39 @@ class TokenCount(Metric):
     def compute(self) -> Tensor:
         """The number so far."""
         return self.count.clone()
+
+
+class NamedMeans:
+    """Means over tokens by name, names coming up as they please."""
+
+    def __init__(self) -> None:
+        self.means: dict[str, TokenMean] = {}
+
+    def update(self, values: Mapping[str, Tensor], count: int) -> None:
+        """Add means over ``count`` tokens."""
+        for name, value in values.items():
+            if name not in self.means:
+                self.means[name] = TokenMean().to(value.device)
+            self.means[name].update(value.detach() * count, count)
+
+    def take(self) -> dict[str, float]:
+        """The means by name, and begin anew."""
+        values = {name: mean.compute().item() for name, mean in self.means.items()}
+        for mean in self.means.values():
+            mean.reset()
+        return values
+
+    def saved_state(self) -> dict[str, dict[str, float | int]]:
+        """All sums, as plain numbers; every rank must call it."""
+        return {name: saved_state(mean) for name, mean in self.means.items()}
+
+    def restore_state(
+        self, state: Mapping[str, dict[str, float | int]], rank: int, device: torch.device
+    ) -> None:
+        """Put back what ``saved_state`` returned."""
+        for name, one in state.items():
+            self.means[name] = TokenMean().to(device)
+            restore_state(self.means[name], one, rank)
 
 
 def saved_state(metric: Metric) -> dict[str, float | int]:

@@ -28,8 +28,15 @@ from toolmem import checkpoints
 from toolmem.data.batch import Batch
 from toolmem.errors import ToolmemError
 from toolmem.models import LanguageModel
+from toolmem.models.context import Extras
 from toolmem.training import compatibility
-from toolmem.training.metrics import TokenCount, TokenMean, restore_state, saved_state
+from toolmem.training.metrics import (
+    NamedMeans,
+    TokenCount,
+    TokenMean,
+    restore_state,
+    saved_state,
+)
 from toolmem.training.optimizers import OptimizerConfig
 from toolmem.training.schedules import Schedule
 
@@ -67,6 +74,7 @@ class LanguageModelModule(pl.LightningModule):
         )
         self.train_loss = TokenMean()
         self.train_tokens = TokenCount()
+        self.train_extras = NamedMeans()
         self.eval_loss = TokenMean()
         self.reported: dict[str, tuple[int, float]] = {}
         self._pending = 0  # this rank's loss-bearing tokens in the gradients gathered so far
@@ -75,20 +83,28 @@ class LanguageModelModule(pl.LightningModule):
     # ---- loss
 
     def loss_sum(
-        self, batch: Batch, hidden: Callable[..., Tensor] | None = None
+        self,
+        batch: Batch,
+        hidden: Callable[..., Tensor] | None = None,
+        extras: Extras | None = None,
     ) -> tuple[Tensor, int]:
         """The summed cross-entropy of a batch's loss-bearing tokens in nats, and their number.
 
         Args:
             batch: the batch, on the model's device.
             hidden: the model's body; ``model.hidden`` when None.
+            extras: takes the model's own terms of the loss, and its figures.
         """
-        losses = self.token_losses(batch, hidden or self.model.hidden)
+        losses = self.token_losses(batch, hidden or self.model.hidden, extras)
         return losses.sum(), losses.numel()
 
-    def token_losses(self, batch: Batch, hidden: Callable[..., Tensor]) -> Tensor:
+    def token_losses(
+        self, batch: Batch, hidden: Callable[..., Tensor], extras: Extras | None = None
+    ) -> Tensor:
         """Cross-entropy of each loss-bearing token in reading order, in nats, float32 or wider."""
-        states = hidden(batch.tokens, documents=batch.documents).flatten(0, 1)
+        states = hidden(
+            batch.tokens, documents=batch.documents, spans=batch.spans, extras=extras
+        ).flatten(0, 1)
         targets = batch.targets.flatten()
         positions = batch.positions()
         if positions.numel() < targets.numel():
@@ -104,8 +120,12 @@ class LanguageModelModule(pl.LightningModule):
         """The batch's summed loss, scaled so that Lightning's division by the number of
         micro-batches cancels out.
         """
-        loss, count = self.loss_sum(batch, self._hidden)
+        extras = Extras()
+        loss, count = self.loss_sum(batch, self._hidden, extras)
         self.train_loss.update(loss.detach(), count)
+        if extras.losses or extras.metrics:
+            self.train_extras.update({**extras.losses, **extras.metrics}, count)
+            loss = loss + count * sum(extras.losses.values())
         self.train_tokens.update(batch.n_tokens)
         self._pending += count
         # Here and not in on_train_batch_end: callbacks come before that hook, and one of them may
@@ -129,9 +149,13 @@ class LanguageModelModule(pl.LightningModule):
         # DDP has averaged over ranks, so the world's size is multiplied back in.
         return world / (SUM_SCALE * self._pending_over_ranks().clamp(min=1))
 
+    def _sum_over_ranks(self, value: Tensor) -> Tensor:
+        return self.trainer.strategy.reduce(value, reduce_op="sum")
+
     def _pending_over_ranks(self) -> Tensor:
-        pending = torch.tensor(self._pending, dtype=torch.float64, device=self.device)
-        return self.trainer.strategy.reduce(pending, reduce_op="sum")
+        return self._sum_over_ranks(
+            torch.tensor(self._pending, dtype=torch.float64, device=self.device)
+        )
 
     def configure_optimizers(self) -> Any:
         """Lightning's hook: one optimizer, its schedule stepped with it."""
@@ -144,12 +168,13 @@ class LanguageModelModule(pl.LightningModule):
         }
 
     def lr_scheduler_step(self, scheduler: LRScheduler, metric: Any) -> None:
-        """Log the step, then move the schedule on.
+        """Let the model do what it does once a step, log the step, then move the schedule on.
 
         Of Lightning's hooks this is the one that runs once an optimizer step, after it is counted
         and before callbacks may save a checkpoint: a resumed run's sums then go on where its log
         stops.
         """
+        self.model.after_optimizer_step(self._sum_over_ranks)
         step = self.trainer.global_step
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (step % every == 0 or step == self.trainer.max_steps):
@@ -163,7 +188,7 @@ class LanguageModelModule(pl.LightningModule):
             "train/learning_rate": float(scheduler.get_last_lr()[0]),
         }
         self.train_loss.reset()
-        self.report(metrics)
+        self.report(metrics | self.train_extras.take())
 
     def report(self, metrics: Mapping[str, float]) -> None:
         """Send metrics to the loggers at the run's own step: optimizer steps taken.
@@ -241,6 +266,7 @@ class LanguageModelModule(pl.LightningModule):
         about["metrics"] = {
             "train_loss": saved_state(self.train_loss),
             "train_tokens": saved_state(self.train_tokens),
+            "train_extras": self.train_extras.saved_state(),
         }
         about["loggers"] = {
             type(logger).__name__: logger.version
@@ -278,5 +304,6 @@ class LanguageModelModule(pl.LightningModule):
         rank = self.trainer.global_rank
         restore_state(self.train_loss, about["metrics"]["train_loss"], rank)
         restore_state(self.train_tokens, about["metrics"]["train_tokens"], rank)
+        self.train_extras.restore_state(about["metrics"].get("train_extras", {}), rank, self.device)
         self._pending = about["pending_tokens"] if rank == 0 else 0
         self._restored_gradients = checkpoint.get("pending_gradients", {})

@@ -61,6 +61,21 @@ class StatefulDataModule(pl.LightningDataModule, ABC):
         world = int(shares.get("num_replicas", trainer.world_size))
         return int(shares.get("rank", trainer.global_rank)), world
 
+    @property
+    def model_looks_both_ways(self) -> bool:
+        """Does the model that is trained on this data look both ways within spans?"""
+        model = getattr(getattr(self.trainer, "lightning_module", None), "model", None)
+        return getattr(model, "attention_mask", "causal") == "prefix"
+
+    def refuse_prefix_mask(self) -> None:
+        """Raise ``ToolmemError`` when the model looks both ways within spans, and there are none."""
+        if self.model_looks_both_ways:
+            raise ToolmemError(
+                f"model.init_args.attention_mask is prefix, and {type(self).__name__} has loss on every "
+                "token: within a span a token would see its own target. Use attention_mask: causal, or "
+                "dialogues"
+            )
+
     def consumed(self, state: dict[str, Any]) -> None:
         """Training is done with the batch that carried ``state``."""
         self._stream_state = state

@@ -289,6 +289,7 @@ class FactsDataModule(StatefulDataModule):
             rows=rows,
             window=self.window,
             shuffle=shuffle,
+            with_spans=self.model_looks_both_ways,
             seed=self.seed,
             rank=rank,
             world_size=world,

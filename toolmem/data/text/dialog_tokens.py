@@ -20,7 +20,7 @@ import torch
 
 from toolmem.data.batch import Batch
 from toolmem.data.stream import IndexedBatches
-from toolmem.data.text.token_table import ASSISTANT, TokenTable
+from toolmem.data.text.token_table import ASSISTANT, NONE, TokenTable
 from toolmem.errors import ToolmemError
 
 Mask = Literal["assistant", "all"]
@@ -40,6 +40,8 @@ class DialogTokenGenerator(IndexedBatches):
         window: ``bucketed`` only: batches among which dialogues are sorted by length. More wastes
             less on padding, fewer keeps batches more mixed.
         shuffle: False gives the dialogues in their order (layout ``rows``-like batches).
+        with_spans: give each batch the spans that the assistant did not write (``Batch.spans``), for
+            models that look both ways within them.
         seed: of the order.
         rank: this process's number; it gets every ``world_size``-th dialogue of a batch.
         world_size: number of processes.
@@ -60,6 +62,7 @@ class DialogTokenGenerator(IndexedBatches):
         rows: np.ndarray | None = None,
         window: int = 32,
         shuffle: bool = True,
+        with_spans: bool = False,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -71,6 +74,11 @@ class DialogTokenGenerator(IndexedBatches):
         ):
             if value not in known:
                 raise ToolmemError(f"unknown {key} {value!r}: choose one of {', '.join(known)}")
+        if with_spans and mask == "all":
+            raise ToolmemError(
+                "`mask: all` does not go with a model of `attention_mask: prefix`: within a span a token "
+                "would see its own target. Use `mask: assistant`, or `attention_mask: causal`"
+            )
         if batch_size < 1 or window < 1:
             raise ToolmemError("batch_size and window must be at least 1")
         self.table = table
@@ -92,6 +100,7 @@ class DialogTokenGenerator(IndexedBatches):
         self.seq_len = longest - 1 if layout != "packed" else int(seq_len or 0)
         self.window = window
         self.shuffle = shuffle
+        self.with_spans = with_spans
         self.batches_per_epoch = max(1, -(-len(self.rows) // batch_size))
         if len(self.rows) // self.batches_per_epoch < world_size:
             raise ToolmemError(
@@ -190,9 +199,26 @@ class DialogTokenGenerator(IndexedBatches):
             targets=torch.from_numpy((targets & ids).astype(np.int64)),
             loss_mask=torch.from_numpy(bears_loss),
             documents=documents,
+            spans=foreign_spans(inputs >> shift) if self.with_spans else None,
             n_tokens=n_tokens,
             state=state,
         )
+
+
+def foreign_spans(roles: np.ndarray) -> torch.Tensor:
+    """Number the spans of each row that the assistant did not write.
+
+    Args:
+        roles: (batch, seq) role codes; 0 is padding.
+
+    Returns:
+        (batch, seq) int64: tokens of a run of one role share a number of 0 and up; -1 where the
+        assistant wrote, and at padding.
+    """
+    starts = np.zeros(roles.shape, np.int64)
+    starts[:, 1:] = roles[:, 1:] != roles[:, :-1]
+    foreign = (roles != ASSISTANT) & (roles != NONE)
+    return torch.from_numpy(np.where(foreign, starts.cumsum(axis=1), -1))
 
 
 def pack(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:

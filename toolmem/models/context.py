@@ -1,0 +1,84 @@
+"""What a forward pass tells its blocks of the tokens, beside the tokens themselves.
+
+Shapes: b batch, s seq, k cached keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from toolmem.models.masks import attention_mask
+
+
+@dataclass
+class Extras:
+    """What blocks hand out beside the stream: terms of the loss, and figures to log.
+
+    Args:
+        losses: by name, scalars: means over the tokens, times their coefficient. Training adds them to
+            the loss of each token.
+        metrics: by name, scalars without gradient, means over the tokens.
+    """
+
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+    def add_loss(self, name: str, value: Tensor) -> None:
+        """Add to a term of the loss; layers that use one name add up."""
+        self.losses[name] = self.losses[name] + value if name in self.losses else value
+
+
+@dataclass
+class Context:
+    """What a block may need to know of the tokens that it is given; made once a forward pass.
+
+    Args:
+        positions: (b, s) or (s,) int64, each token's position in its document or lane.
+        documents: (b, s) ids within which attention, convolution and recurrence stay, or None.
+        spans: (b, s) int64, ids (0 and up) of the spans within which attention looks both ways, -1
+            elsewhere; None for causal attention.
+        key_spans: (b, k) int64, the same of every cached token, the chunk's among them; only with a
+            cache.
+        rotary: cosines and sines, each (s, 1, d) or (b, s, 1, d); None without rotary positions.
+        counts: (b,) int64, real tokens of each row of a cached chunk; None when all are.
+        slots: (b, s) int64, where each new token goes in a cache of all tokens; None without one.
+        n_keys: cached keys to look at; 0 when the chunk is all there is.
+        extras: where terms of the loss and figures go; None when nobody wants them.
+        shared: what an earlier layer leaves for later ones, by name.
+    """
+
+    positions: Tensor
+    documents: Tensor | None = None
+    spans: Tensor | None = None
+    key_spans: Tensor | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
+    counts: Tensor | None = None
+    slots: Tensor | None = None
+    n_keys: int = 0
+    extras: Extras | None = None
+    shared: dict[str, Tensor] = field(default_factory=dict)
+    masks: dict[int, Tensor | None] = field(default_factory=dict)
+
+    def mask(self, window: int = 0) -> Tensor | None:
+        """Which keys each token attends to; None for plain causal attention.
+
+        Made once for all layers that ask for the same window.
+
+        Args:
+            window: how many tokens back, itself included; 0 for all.
+
+        Returns:
+            bool, broadcasting to (b, heads, s, keys), or None.
+        """
+        if window not in self.masks:
+            self.masks[window] = attention_mask(
+                self.positions,
+                n_keys=self.n_keys,
+                documents=self.documents,
+                spans=self.spans,
+                key_spans=self.key_spans,
+                window=window,
+            )
+        return self.masks[window]
