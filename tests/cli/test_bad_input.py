@@ -75,6 +75,19 @@ RECIPES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {MODEL + "n_heads": 4, MODEL + "n_kv_heads": 3},
         ["n_kv_heads 3"],
     ),
+    "prefix mask with loss everywhere": (
+        {MODEL + "attention_mask": "prefix", DATA + "mask": "all"},
+        ["attention_mask", "data.init_args.mask"],
+    ),
+    "prefix mask on plain text": (
+        {
+            MODEL + "attention_mask": "prefix",
+            "data": {"class_path": "toolmem.data.RecallDataModule"},
+        },
+        ["attention_mask: causal"],
+    ),
+    "a window below 0": ({MODEL + "window": -1}, ["window is -1"]),
+    "rope_fraction above 1": ({MODEL + "rope_fraction": 2.0}, ["rope_fraction is 2.0"]),
     "no layers": ({MODEL + "n_layers": 0}, ["n_layers"]),
     "rows longer than the model": ({MODEL + "max_seq_len": 16}, ["max_seq_len is 16"]),
     "vocab_size given twice": ({MODEL + "vocab_size": 100}, ["init_args.vocab_size", "leave it out"]),

@@ -255,3 +255,33 @@ def test_two_processes_equal_one(tmp_path):
 
 def test_lengths_of_the_toy_are_within_the_model():
     assert all(uneven(i).tokens.shape[1] <= SEQ for i in range(30))
+
+
+class Confessing(type(tiny())):
+    """Adds a term to the loss, and counts the steps."""
+
+    steps = 0
+
+    def hidden(self, tokens, *, extras=None, **rest):
+        if extras is not None:
+            extras.add_loss("toy/size", self.embedding.weight.square().mean())
+            extras.metrics["toy/rows"] = torch.tensor(float(len(tokens)))
+        return super().hidden(tokens, **rest)
+
+    def after_optimizer_step(self, reduce):
+        self.steps += int(reduce(torch.tensor(1)))
+
+
+def test_terms_of_the_models_own_join_each_tokens_loss(tmp_path):
+    torch.manual_seed(0)
+    arguments = {"vocab_size": 11, "dim": 8, "n_layers": 2, "n_heads": 2, "max_seq_len": 9}
+    model = Confessing(**arguments).double()
+    plain = tiny().double()
+    plain.load_state_dict(model.state_dict())
+    batches = [make_batch(i, mask=0.3 + 0.2 * i) for i in range(3)]
+    plain_loss(plain, batches).backward()
+    plain.embedding.weight.square().mean().backward()
+    found = gradients_of_first_step(tmp_path, lambda i: make_batch(i, mask=0.3 + 0.2 * i), 3, model)
+    for mine, other in zip(found, plain.parameters(), strict=True):
+        torch.testing.assert_close(mine, other.grad, rtol=0, atol=1e-10)
+    assert model.steps == 1

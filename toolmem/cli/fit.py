@@ -185,9 +185,12 @@ class ToolmemCLI(LightningCLI):
         return super()._prepare_subcommand_kwargs(subcommand) | {"ckpt_path": self.checkpoint}
 
     def before_fit(self) -> None:
-        """Refuse rows that the model cannot take."""
+        """Refuse what the model cannot be trained on."""
         longest = getattr(self.datamodule, "seq_len", None)
         model = self.model.model
+        check = getattr(self.datamodule, "check_model", None)
+        if check is not None:
+            check(model)
         if longest is not None and longest > model.max_seq_len:
             raise ToolmemError(
                 f"the data has rows of {longest} tokens, model.model.init_args.max_seq_len is "

@@ -242,3 +242,41 @@ def test_mistakes_are_told(table):
             DialogTokenGenerator(table, **options)
     with pytest.raises(ToolmemError, match="not the state"):
         DialogTokenGenerator(table).load_state_dict({})
+
+
+@pytest.mark.parametrize("layout", ["bucketed", "packed"])
+def test_spans_are_what_the_assistant_did_not_write(table, layout):
+    seq_len = int(table.lengths.max()) * 2 if layout == "packed" else None
+    generator = DialogTokenGenerator(
+        table, 8, layout=layout, seq_len=seq_len, with_spans=True, seed=3
+    )
+    assert DialogTokenGenerator(table, 8).batch_at(0).spans is None
+    ids = ByteTokenizer().role_ids
+    batch = generator.batch_at(1)
+    for tokens, targets, bears, spans in zip(
+        batch.tokens.tolist(),
+        batch.targets.tolist(),
+        batch.loss_mask.tolist(),
+        batch.spans.tolist(),
+        strict=True,
+    ):
+        speaker, number, seen = "user", None, set()
+        for i, (token, span) in enumerate(zip(tokens, spans, strict=True)):
+            if targets[i] == 0:  # padding, or a shorter dialogue's last token
+                continue
+            # a role token belongs to whoever speaks before it
+            assert (span < 0) == (speaker == "assistant")
+            if span >= 0:
+                assert span == number or (number is None and span not in seen)
+                seen.add(span)
+            number = span if span >= 0 else None
+            # nothing within a span is a target that bears loss
+            assert not (bears[i] and span >= 0 and i + 1 < len(spans) and spans[i + 1] == span)
+            speaker = {v: k for k, v in ids.items()}.get(token, speaker)
+            if targets[i] == ids["end"]:
+                speaker, number = "user", None
+
+
+def test_spans_and_loss_everywhere_are_refused(table):
+    with pytest.raises(ToolmemError, match="mask: all"):
+        DialogTokenGenerator(table, 8, mask="all", with_spans=True)

@@ -63,17 +63,32 @@ class StatefulDataModule(pl.LightningDataModule, ABC):
 
     @property
     def model_looks_both_ways(self) -> bool:
-        """Does the model that is trained on this data look both ways within spans?"""
+        """Does the model that is trained on this data look both ways within spans?
+
+        Raises:
+            ToolmemError: when it does, and the data cannot serve it.
+        """
         model = getattr(getattr(self.trainer, "lightning_module", None), "model", None)
+        if model is None:
+            return False
+        self.check_model(model)
         return getattr(model, "attention_mask", "causal") == "prefix"
 
-    def refuse_prefix_mask(self) -> None:
-        """Raise ``ToolmemError`` when the model looks both ways within spans, and there are none."""
-        if self.model_looks_both_ways:
+    def check_model(self, model: Any) -> None:
+        """Refuse a model that this data cannot train.
+
+        Args:
+            model: a ``LanguageModel``.
+
+        Raises:
+            ToolmemError: for one that looks both ways within spans where every token bears loss.
+        """
+        looks_both_ways = getattr(model, "attention_mask", "causal") == "prefix"
+        if looks_both_ways and getattr(self, "mask", "all") == "all":
             raise ToolmemError(
-                f"model.init_args.attention_mask is prefix, and {type(self).__name__} has loss on every "
-                "token: within a span a token would see its own target. Use attention_mask: causal, or "
-                "dialogues"
+                "model.model.init_args.attention_mask is prefix, and every token of the data bears loss: "
+                "within a span a token would see its own target. Use attention_mask: causal, or "
+                "dialogues with data.init_args.mask: assistant"
             )
 
     def consumed(self, state: dict[str, Any]) -> None:

@@ -81,7 +81,7 @@ class RecallDataModule(StatefulDataModule):
 
     def train_dataloader(self) -> Any:
         """The endless training stream, from where a loaded state says."""
-        self.refuse_prefix_mask()
+        _ = self.model_looks_both_ways  # refuses a model that does
         generator = self._generator(0, *self.rank_and_world)
         state = self.resume_state()
         if state is not None:

@@ -256,7 +256,7 @@ class TextDataModule(StatefulDataModule):
 
     def train_dataloader(self) -> Any:
         """The endless training stream, from where a loaded state says."""
-        self.refuse_prefix_mask()
+        _ = self.model_looks_both_ways  # refuses a model that does
         if self.one_text:
             windows = self._windows(self._sequences[0], None, self.shuffle, str(self.path))
             state = self.resume_state()
