@@ -114,10 +114,12 @@ def attend(
     # Inside a compiled model it is compiled with the rest.
     apart = queries.is_cuda and not torch.compiler.is_compiling()
     kernel: Callable[..., Tensor] = _compiled() if apart else flex_attention  # type: ignore[assignment]
+    # Contiguous: with views of one computed tensor (queries and keys turn together), inductor of
+    # torch 2.13 was seen to give wrong results on a CPU.
     return kernel(
-        queries,
-        keys,
-        values,
+        queries.contiguous(),
+        keys.contiguous(),
+        values.contiguous(),
         score_mod=capped if softcap else None,
         block_mask=mask,
         scale=scale,
