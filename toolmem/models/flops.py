@@ -1,0 +1,396 @@
+"""FLOPs counted by dispatch: what runs is what is counted, and what has no formula is named.
+
+Two figures are told apart:
+
+- **exact**: what the mathematics asks for. Padding costs nothing, attention is counted pair by pair of
+  tokens that may see each other (a causal row of n tokens has n (n + 1) / 2), nothing is computed twice.
+- **executed**: what the machine is given to do. Padding is multiplied like everything else, attention
+  over whole blocks, and its backward pass computes the scores again.
+
+``FlopCounter`` counts code that really runs, ``model_flops.py`` a model without running it. An
+architecture whose work is not all matmuls says so by ``register_flops``. The convention of what counts
+is in ``flop_formulas.py``.
+
+Shapes: b batch, s seq, h heads.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from toolmem.models.flop_formulas import (
+    ATTENTION,
+    ATTENTION_BACKWARD,
+    FORMULAS,
+    attention_call,
+    causal_flash_pairs,
+    formula_of,
+    is_free,
+)
+
+T = TypeVar("T")
+
+_counting: FlopCounter | None = None  # the counter in force
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs of one call that no operation's formula sees, such as a scan's elementwise work.
+
+    Args:
+        forward: of the call.
+        backward: of its gradient; twice ``forward`` when None.
+    """
+
+    forward: int
+    backward: int | None = None
+
+    @property
+    def gradient(self) -> int:
+        """FLOPs of the backward pass."""
+        return 2 * self.forward if self.backward is None else self.backward
+
+
+@dataclass(frozen=True)
+class PairWork(Work):
+    """FLOPs for each pair of a token and one that it may see, over all heads: attention's.
+
+    Args:
+        forward: of one pair.
+        backward: of its gradient; twice ``forward`` when None.
+        window: how many tokens back a token sees, itself included; 0 for all.
+    """
+
+    window: int = 0
+
+
+def attention_work(queries: Tensor, values: Tensor, window: int = 0) -> PairWork:
+    """Attention's work: a query meets a key, and a value is weighed.
+
+    Args:
+        queries: (b, h, s, d).
+        values: (b, k, n, v).
+        window: how many tokens back a token sees, itself included; 0 for all.
+    """
+    return PairWork(2 * queries.shape[1] * (queries.shape[3] + values.shape[3]), window=window)
+
+
+def register_flops(formula: Callable[..., Work | int]) -> Callable[[T], T]:
+    """Say what calls of a function, or of an operation of ``torch.ops``, cost.
+
+    On a function, ``formula`` takes the same arguments and returns ``Work`` (or its ``forward``), which
+    is *added* to what dispatch finds inside of it, or ``PairWork``, which *replaces* that in the exact
+    count (the function then returns one tensor). Where nothing counts, the function is called as it is.
+
+    On an operation (``torch.ops.mylib.scan``), ``formula`` takes its arguments and the keyword
+    ``out_val``, its result, and returns the FLOPs of one call. A backward pass that is an operation of
+    its own needs a formula of its own.
+
+    Args:
+        formula: what one call costs.
+    """
+
+    def register(target: Any) -> Any:
+        if isinstance(target, torch._ops.OpOverloadPacket):
+            FORMULAS[target] = formula  # type: ignore[assignment]
+            return target
+
+        @functools.wraps(target)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            if _counting is None:
+                return target(*args, **kwargs)
+            return _counting.call(target, formula(*args, **kwargs), args, kwargs)
+
+        return counted
+
+    return register
+
+
+@dataclass(frozen=True)
+class PairCount:
+    """Work over pairs of tokens: attention of some layers alike.
+
+    Args:
+        group: ``parameter_group`` of the module around.
+        window: how many tokens back a token sees, itself included; 0 for all.
+        skips: the kernel passes over blocks that lie after the diagonal.
+        seq: tokens in a row.
+        forward: exact FLOPs of a pair.
+        backward: exact FLOPs of a pair's gradient.
+        executed_forward: what the machine was given to do, over all rows.
+        executed_backward: the same of the backward pass.
+    """
+
+    group: str
+    window: int
+    skips: bool
+    seq: int
+    forward: int = 0
+    backward: int = 0
+    executed_forward: int = 0
+    executed_backward: int = 0
+
+    @property
+    def executed(self) -> int:
+        """What the machine was given to do, forward and backward."""
+        return self.executed_forward + self.executed_backward
+
+    def plus(self, other: PairCount) -> PairCount:
+        """The work of both, alike in all else."""
+        return replace(
+            self,
+            forward=self.forward + other.forward,
+            backward=self.backward + other.backward,
+            executed_forward=self.executed_forward + other.executed_forward,
+            executed_backward=self.executed_backward + other.executed_backward,
+        )
+
+    def at(self, rows: Fraction, seq: int) -> PairCount:
+        """The same with ``rows`` times as many rows, of ``seq`` tokens each."""
+        share = rows * Fraction(self._computed(seq), self._computed(self.seq))
+        return replace(
+            self,
+            seq=seq,
+            executed_forward=int(self.executed_forward * share),
+            executed_backward=int(self.executed_backward * share),
+        )
+
+    def _computed(self, seq: int) -> int:
+        return causal_flash_pairs(seq, seq) if self.skips else seq * seq
+
+
+def merged(pairs: Iterable[PairCount]) -> list[PairCount]:
+    """Counts that are alike as one."""
+    found: dict[tuple[Any, ...], PairCount] = {}
+    for pair in pairs:
+        key = (pair.group, pair.window, pair.skips, pair.seq)
+        found[key] = found[key].plus(pair) if key in found else pair
+    return list(found.values())
+
+
+@dataclass
+class Tally:
+    """What was counted.
+
+    Args:
+        forward: FLOPs outside of a backward pass.
+        backward: FLOPs in one.
+        unknown: operations without a formula that are not known to be free: name -> calls.
+        groups: ``forward`` by ``parameter_group`` of the module around.
+        pairs: attention, where it is told apart; then it is not in the above.
+        skips: was there a kernel that passes over blocks?
+    """
+
+    forward: int = 0
+    backward: int = 0
+    unknown: Counter[str] = field(default_factory=Counter)
+    groups: Counter[str] = field(default_factory=Counter)
+    pairs: list[PairCount] = field(default_factory=list)
+    skips: bool = False
+
+    @property
+    def total(self) -> int:
+        """FLOPs forward and backward."""
+        return self.forward + self.backward
+
+
+class FlopCounter(TorchDispatchMode):
+    """Counts the FLOPs of the code that runs inside of it.
+
+        with FlopCounter() as counter:
+            loss(model(x)).backward()
+        counter.tally.forward, counter.tally.backward, counter.tally.unknown
+
+    It is ``torch.utils.flop_counter.FlopCounterMode`` with more formulas, which says what it does not
+    know, and costs a third (it follows no modules).
+
+    Args:
+        apart: tell attention apart in ``tally.pairs``. Gradients that pass a function with ``PairWork``
+            are then stand-ins: for passes whose results nobody uses.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, apart: bool = False) -> None:
+        super().__init__()
+        self.apart = apart
+        self.tally = Tally()
+        self.groups = ["other"]  # of the modules around, the innermost last
+
+    def __enter__(self) -> FlopCounter:
+        global _counting
+        self._outer, _counting = _counting, self
+        super().__enter__()
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        global _counting
+        _counting = self._outer
+        super().__exit__(*args)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operation and count it."""
+        kwargs = kwargs or {}
+        overload = isinstance(func, torch._ops.OpOverload)
+        if overload and is_free(func):
+            return func(*args, **kwargs)
+        packet = func._overloadpacket if overload else func
+        formula = formula_of(packet)
+        if formula is None and overload:
+            with self:  # in inference mode operations come whole
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        result = func(*args, **kwargs)
+        if formula is None:
+            name = func._schema.name if overload else func.name()
+            self.tally.unknown[name] += 1
+            return result
+        flops = formula(*args, **kwargs, out_val=result)
+        if packet in ATTENTION or packet in ATTENTION_BACKWARD:
+            self._attention(func, flops, args, kwargs)
+        else:
+            self._add(flops)
+        return result
+
+    def _add(self, flops: int) -> None:
+        if torch._C._current_graph_task_id() != -1:  # in a backward pass
+            self.tally.backward += flops
+        else:
+            self.tally.forward += flops
+            self.tally.groups[self.groups[-1]] += flops
+
+    def _attention(self, func: Any, flops: int, args: Any, kwargs: Mapping[str, Any]) -> None:
+        call = attention_call(func, args, kwargs)
+        self.tally.skips |= call.skips
+        if not self.apart:
+            self._add(flops)
+            return
+        # Nobody has said what tokens it is over: causal, over all of the row.
+        work = attention_work(call.queries, call.values)
+        pair = PairCount(self.groups[-1], 0, call.skips, call.queries.shape[2])
+        if func._overloadpacket in ATTENTION:
+            pair = replace(pair, forward=work.forward, executed_forward=flops)
+            if call.masked:
+                self.tally.unknown[f"{func._schema.name} with a mask, taken for causal"] += 1
+        else:
+            pair = replace(pair, backward=work.gradient, executed_backward=flops)
+        self.tally.pairs.append(pair)
+
+    def call(
+        self,
+        function: Callable[..., Any],
+        work: Work | int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Call a function that has a formula.
+
+        Args:
+            function: what to call.
+            work: what the formula says of this call.
+            args: the call's.
+            kwargs: the call's.
+        """
+        if isinstance(work, PairWork):
+            apart = self._call_apart if self.apart else None
+            return apart(function, work, args, kwargs) if apart else function(*args, **kwargs)
+        work = Work(work) if isinstance(work, int) else work
+        self.tally.forward += work.forward
+        self.tally.groups[self.groups[-1]] += work.forward
+        if torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(args, kwargs)):
+            self.tally.backward += work.gradient
+        return function(*args, **kwargs)
+
+    def _call_apart(
+        self,
+        function: Callable[..., Tensor],
+        work: PairWork,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """Count a function forward and backward by itself, and put a stand-in into the graph."""
+        inputs = _tensors(args, kwargs)
+        learns = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+        leaves = {id(x): x.detach().requires_grad_(x.requires_grad) for x in inputs}
+
+        def leaf(value: Any) -> Any:
+            return leaves.get(id(value), value)
+
+        outer, self.tally, self.apart = self.tally, Tally(unknown=self.tally.unknown), False
+        try:
+            y = function(*map(leaf, args), **{name: leaf(value) for name, value in kwargs.items()})
+            if learns:
+                wanted = [x for x in leaves.values() if x.requires_grad]
+                torch.autograd.grad(y, wanted, torch.zeros_like(y), allow_unused=True)
+        finally:
+            inner, self.tally, self.apart = self.tally, outer, True
+        self.tally.pairs.append(
+            PairCount(
+                self.groups[-1],
+                work.window,
+                inner.skips,
+                inputs[0].shape[-2],
+                work.forward,
+                work.gradient if learns else 0,
+                inner.forward,
+                inner.backward,
+            )
+        )
+        return StandIn.apply(y.detach(), *inputs)
+
+
+class StandIn(torch.autograd.Function):
+    """Hands on a result that was computed elsewhere; its gradients are zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, *inputs: Tensor) -> Tensor:
+        """The result."""
+        ctx.save_for_backward(*inputs)
+        return result.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Zeros for what learns."""
+        wanted = ctx.needs_input_grad[1:]
+        return None, *(
+            torch.zeros_like(x) if want else None
+            for x, want in zip(ctx.saved_tensors, wanted, strict=True)
+        )
+
+
+def _tensors(args: Iterable[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    return [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+
+
+def follow_groups(counter: FlopCounter, model: nn.Module) -> list[Any]:
+    """Let a counter know which ``parameter_group`` the running module is of.
+
+    Returns:
+        handles, to be removed.
+    """
+    handles = []
+    for module in model.modules():
+        group = getattr(module, "parameter_group", None)
+        if group is not None:
+
+            def enter(*_: Any, group: str = group) -> None:
+                counter.groups.append(group)
+
+            def leave(*_: Any) -> None:
+                counter.groups.pop()
+
+            handles.append(module.register_forward_pre_hook(enter))
+            handles.append(module.register_forward_hook(leave, always_call=True))
+    return handles
