@@ -19,7 +19,7 @@ from toolmem.data.text.token_table import prompt_tokens
 from toolmem.errors import ToolmemError
 from toolmem.generation import Generated, Sampler, generate, stream
 from toolmem.generation.turns import split_turns
-from toolmem.tools import Calculator, SqlTool, Toolbox
+from toolmem.tools import Toolbox, open_toolbox
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +69,7 @@ class Run:
                     f"{self.checkpoint.path} asks a database, and its run's folder has no {FACTBASE}: "
                     "name one by --factbase FILE, or build it with `toolmem facts build`"
                 )
-            self._toolbox = Toolbox([SqlTool(self.factbase), Calculator()])
+            self._toolbox = open_toolbox(self.checkpoint.data.get("tools"), self.factbase)
         return self._toolbox
 
     def questions(self, split: str, n: int, seed: int = 0) -> list[Dialogue]:

@@ -93,9 +93,9 @@ RECIPES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "vocab_size given twice": ({MODEL + "vocab_size": 100}, ["init_args.vocab_size", "leave it out"]),
     "in_tool, templates without tool": (
         {DATA + "setting": "in_tool", DATA + "templates": "in_weight"},
-        ["data.setting", "in_weight"],
+        ["data.init_args.setting", "in_weight"],
     ),
-    "in_weight, templates with tool": ({DATA + "templates": "in_tool"}, ["data.templates"]),
+    "in_weight, templates with tool": ({DATA + "templates": "in_tool"}, ["data.init_args.templates"]),
     "no such templates": ({DATA + "templates": "in_tol"}, ["in_tol", "in_tool"]),
     "unknown attribute": ({DATA + "attributes": ["shoe_size"]}, ["shoe_size", "birth_date"]),
     "nobody": ({DATA + "people": 0}, ["people"]),

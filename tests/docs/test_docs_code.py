@@ -8,7 +8,7 @@ import pytest
 from docs_blocks import ROOT, Block, blocks, cut_down, run_page
 
 DOCS = ROOT / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+PAGES = sorted(DOCS.rglob("*.md"))
 AFTER_SHELL = {"quickstart.md", "index.md"}  # their Python needs what their commands made
 
 

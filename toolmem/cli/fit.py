@@ -19,6 +19,7 @@ from toolmem import checkpoints
 from toolmem.cli.functions import plain
 from toolmem.errors import ToolmemError
 from toolmem.files import explain_os_error, write_text
+from toolmem.tools import check_tools
 from toolmem.training import (
     TRAINER_DEFAULTS,
     Checkpointing,
@@ -191,6 +192,7 @@ class ToolmemCLI(LightningCLI):
         check = getattr(self.datamodule, "check_model", None)
         if check is not None:
             check(model)
+        check_tools(getattr(self.datamodule, "tools", None))
         if longest is not None and longest > model.max_seq_len:
             raise ToolmemError(
                 f"the data has rows of {longest} tokens, model.model.init_args.max_seq_len is "

@@ -23,6 +23,9 @@ class Batch:
         spans: (batch, seq) int64, number of the span of each token within which attention looks both
             ways, -1 elsewhere; None when nobody asked for it.
         n_tokens: tokens that are not padding (what throughput counts).
+        lengths: (n,) int64 on the host, tokens of each document where ``documents`` tells them apart,
+            else of each row, padding left out; None when ``documents`` has to be looked at, or when all
+            rows are full.
         state: where the loader stands after this batch, plain data.
         loss_positions: int64, indices into the flattened (batch * seq) positions that bear loss; None
             until somebody asks (``positions``) or the batch moves. They are found before a batch goes
@@ -35,6 +38,7 @@ class Batch:
     documents: Tensor | None = None
     spans: Tensor | None = None
     n_tokens: int = 0
+    lengths: Tensor | None = None
     state: dict[str, Any] = field(default_factory=dict)
     loss_positions: Tensor | None = None
 

@@ -12,5 +12,7 @@ __getattr__, __dir__, __all__ = attach(
         "in_thread": "toolmem.tools.base",
         "Calculator": "toolmem.tools.calculator",
         "SqlTool": "toolmem.tools.sql",
+        "check_tools": "toolmem.tools.recipe",
+        "open_toolbox": "toolmem.tools.recipe",
     },
 )

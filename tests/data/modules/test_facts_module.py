@@ -139,7 +139,7 @@ def test_resuming_on_other_data_is_refused_but_validating_is_not():
         other = make(**options)
         other.load_state_dict(state)
         assert len(list(other.val_dataloader())) > 0
-        with pytest.raises(ToolmemError, match=f"cannot resume: data.{key}"):
+        with pytest.raises(ToolmemError, match=f"cannot resume from .*: data.init_args.{key}"):
             other.train_dataloader()
     with pytest.raises(ToolmemError, match="format 99"):
         make().load_state_dict(state | {"format": 99})
@@ -193,17 +193,17 @@ def test_names_may_run_out_unless_asked_for():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"templates": "in_tool"}, "the database speaks, but data.setting is in_weight"),
+        ({"templates": "in_tool"}, "the database speaks, but data.init_args.setting is in_weight"),
         ({"templates": "in_weight", "setting": "in_tool"}, "the database never speaks"),
         ({"templates": "nowhere"}, "no folder nowhere"),
-        ({"held_out": 1.0}, "data.held_out is 1.0"),
-        ({"val_split": "held_out"}, "data.held_out is 0"),
-        ({"batch_size": 0}, "data.batch_size"),
+        ({"held_out": 1.0}, "data.init_args.held_out is 1.0"),
+        ({"val_split": "held_out"}, "data.init_args.held_out is 0"),
+        ({"batch_size": 0}, "data.init_args.batch_size"),
         ({"tokenizer": "missing.json"}, "no tokenizer at missing.json"),
     ],
 )
 def test_mistakes_are_told(options, message):
     with pytest.raises(ToolmemError, match=message):
         make(**options)
-    with pytest.raises(ToolmemError, match=r"data.val_split is unseen"):
+    with pytest.raises(ToolmemError, match=r"data.init_args.val_split is unseen"):
         make(unseen_people=0, val_split="unseen").val_dataloader()

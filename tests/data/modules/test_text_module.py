@@ -175,12 +175,12 @@ def test_resuming_on_other_data_or_workers_is_refused(corpus, tmp_path):
     for options, key in (({}, "path"), ({"seq_len": 16}, "path|seq_len")):
         other = make(corpus, **options)
         other.load_state_dict(state)
-        with pytest.raises(ToolmemError, match=f"cannot resume: data.({key})"):
+        with pytest.raises(ToolmemError, match=f"cannot resume from .*: data.init_args.({key})"):
             other.train_dataloader()
 
 
 def test_path_from_the_environment(text_file, monkeypatch):
-    with pytest.raises(ToolmemError, match=r"data.path is not set: .*TOOLMEM_DATA"):
+    with pytest.raises(ToolmemError, match=r"data.init_args.path is not set: .*TOOLMEM_DATA"):
         make(None)
     monkeypatch.setenv("TOOLMEM_DATA", text_file)
     assert make(None).path == text_file
@@ -206,7 +206,7 @@ def test_real_corpus(shared_data):
     "options, message",
     [
         ({"tokenizer": "t.json", "train_tokenizer": 300}, "set one"),
-        ({"val_fraction": 1.5}, "data.val_fraction is 1.5"),
+        ({"val_fraction": 1.5}, "data.init_args.val_fraction is 1.5"),
         ({"seq_len": 0}, "must be at least 1"),
         ({"val_path": "nowhere.txt"}, "no such file or folder: nowhere.txt"),
         ({"path": "nowhere"}, "no such file or folder: nowhere.* Shakespeare"),

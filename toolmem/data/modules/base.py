@@ -119,6 +119,11 @@ class StatefulDataModule(pl.LightningDataModule, ABC):
         self._loaded = state_dict
         self._stream_state = state_dict["stream"]
 
+    @property
+    def _came_from(self) -> str:
+        """The checkpoint that training goes on from, for messages."""
+        return str(getattr(self.trainer, "ckpt_path", None) or "the checkpoint")
+
     def resume_state(self, same_world: bool = False) -> dict[str, Any] | None:
         """The stream's state to begin with, None for the start.
 
@@ -134,13 +139,13 @@ class StatefulDataModule(pl.LightningDataModule, ABC):
                 before = loaded["signature"].get(key)
                 if before != value:
                     raise ToolmemError(
-                        f"cannot resume: data.{key} is {value!r}, the checkpoint's run had "
+                        f"cannot resume from {self._came_from}: data.init_args.{key} is {value!r}, the checkpoint's run had "
                         f"{before!r}; set it as it was, or start a new run"
                     )
             world = self.rank_and_world[1]
             if same_world and loaded["world_size"] != world:
                 raise ToolmemError(
-                    f"cannot resume: the checkpoint's run read its documents with world_size "
+                    f"cannot resume from {self._came_from}: its run read its documents with world_size "
                     f"{loaded['world_size']}, this one has {world}; use as many devices as before"
                 )
         return self._stream_state

@@ -51,6 +51,9 @@ class FactsDataModule(StatefulDataModule):
         n_val_questions: questions in validation.
         val_split: validate on known, unseen or held_out questions; None takes held_out ones if
             there are any, else unseen people in_tool (the rule) and known ones in_weight.
+        tools: what the model may ask, as ``class_path`` and ``init_args`` each (``toolmem.tools.SqlTool``
+            or your own); None is the database and the calculator. Training, evaluation and generation
+            open the same.
         num_workers: processes that make batches; making them here is fast enough for most.
 
     Raises:
@@ -78,15 +81,22 @@ class FactsDataModule(StatefulDataModule):
         unseen_people: int | None = None,
         n_val_questions: int = 512,
         val_split: QuestionSplit | None = None,
+        tools: list[dict[str, Any]] | None = None,
         num_workers: int = 0,
     ) -> None:
         super().__init__()
         if not 0 <= held_out < 1:
-            raise ToolmemError(f"data.held_out is {held_out}, but it is a share from 0 to below 1")
+            raise ToolmemError(
+                f"data.init_args.held_out is {held_out}, but it is a share from 0 to below 1"
+            )
         if val_split == "held_out" and held_out == 0:
-            raise ToolmemError("data.val_split is held_out, but data.held_out is 0: nothing is")
+            raise ToolmemError(
+                "data.init_args.val_split is held_out, but data.init_args.held_out is 0: nothing is"
+            )
         if batch_size < 1 or n_val_questions < 1:
-            raise ToolmemError("data.batch_size and data.n_val_questions must be at least 1")
+            raise ToolmemError(
+                "data.init_args.batch_size and data.init_args.n_val_questions must be at least 1"
+            )
         self.people = people
         self.setting = setting
         self.query: QueryLanguage = query
@@ -104,10 +114,11 @@ class FactsDataModule(StatefulDataModule):
         self.unseen_people = unseen_people
         self.n_val_questions = n_val_questions
         self.val_split = val_split
+        self.tools = tools
         self.num_workers = num_workers
         self.tokenizer: Tokenizer = make_tokenizer(tokenizer)
         if not self.tokenizer.role_ids:
-            raise ToolmemError("data.tokenizer has no role tokens, which dialogues need")
+            raise ToolmemError("data.init_args.tokenizer has no role tokens, which dialogues need")
         names = [templates] if isinstance(templates, str) else templates or [setting]
         self.template_sets = [TemplateSet.load(name, query, setting=setting) for name in names]
         self._check_setting()
@@ -116,12 +127,12 @@ class FactsDataModule(StatefulDataModule):
         for templates in self.template_sets:
             if self.setting == "in_weight" and templates.uses_tool:
                 raise ToolmemError(
-                    f"data.templates: in {templates.name} the database speaks, but data.setting is "
-                    "in_weight: set it to in_tool, or take templates without a database"
+                    f"data.init_args.templates: in {templates.name} the database speaks, but "
+                    "data.init_args.setting is in_weight: set it to in_tool, or take templates without a database"
                 )
         if self.setting == "in_tool" and not any(t.uses_tool for t in self.template_sets):
             raise ToolmemError(
-                f"data.setting is in_tool, but in {self.template_sets[0].name} the database never "
+                f"data.init_args.setting is in_tool, but in {self.template_sets[0].name} the database never "
                 "speaks: set it to in_weight, or take templates with a database"
             )
 
@@ -247,6 +258,7 @@ class FactsDataModule(StatefulDataModule):
                 "source": population.source,
             },
             "setting": self.setting,
+            "tools": self.tools,
             "templates": [templates.spec() for templates in self.template_sets],
         }
 
@@ -317,8 +329,8 @@ class FactsDataModule(StatefulDataModule):
         table = self.unseen_table if split == "unseen" else self.table
         if table is None:
             raise ToolmemError(
-                "data.val_split is unseen, but there are no unseen people: raise "
-                "data.unseen_people, or validate on known ones"
+                "data.init_args.val_split is unseen, but there are no unseen people: raise "
+                "data.init_args.unseen_people, or validate on known ones"
             )
         rows = self._rows_of(split, self.n_val_questions)
         rows = rows[np.argsort(table.lengths[rows], kind="stable")]

@@ -74,16 +74,21 @@ class TextDataModule(StatefulDataModule):
         path = path or os.environ.get("TOOLMEM_DATA")
         if not path:
             raise ToolmemError(
-                f"data.path is not set: set --data.path, or the variable TOOLMEM_DATA; {WHERE_FROM}"
+                f"data.init_args.path is not set: set --data.path, or the variable TOOLMEM_DATA; {WHERE_FROM}"
             )
         if train_tokenizer is not None and tokenizer != "byte":
             raise ToolmemError(
-                f"data.tokenizer is {tokenizer} and data.train_tokenizer {train_tokenizer}: set one"
+                f"data.init_args.tokenizer is {tokenizer} and data.init_args.train_tokenizer "
+                f"{train_tokenizer}: set one"
             )
         if val_fraction is not None and not 0 < val_fraction < 1:
-            raise ToolmemError(f"data.val_fraction is {val_fraction}: it must lie between 0 and 1")
+            raise ToolmemError(
+                f"data.init_args.val_fraction is {val_fraction}: it must lie between 0 and 1"
+            )
         if seq_len < 1 or batch_size < 1 or (val_batches is not None and val_batches < 1):
-            raise ToolmemError("data.seq_len, batch_size and val_batches must be at least 1")
+            raise ToolmemError(
+                "data.init_args.seq_len, batch_size and val_batches must be at least 1"
+            )
         self.path = path
         self.text_field = text_field
         self.train_tokenizer = train_tokenizer
@@ -99,7 +104,7 @@ class TextDataModule(StatefulDataModule):
         self.val_fraction = val_fraction or (0.1 if self.one_text else 0.01)
         self._chosen = None if train_tokenizer is not None else make_tokenizer(tokenizer)
         if self._chosen is not None and "end" not in self._chosen.role_ids:
-            raise ToolmemError("data.tokenizer has no `end` token, which parts documents")
+            raise ToolmemError("data.init_args.tokenizer has no `end` token, which parts documents")
         if val_path is not None and not _is_hub(val_path):
             find_files(val_path)  # missing data is better told before training than after
         self._documents  # noqa: B018
@@ -224,7 +229,7 @@ class TextDataModule(StatefulDataModule):
         rank, world = self.rank_and_world
         if self.batch_size % world:
             raise ToolmemError(
-                f"data.batch_size {self.batch_size} is over all devices, and cannot be shared "
+                f"data.init_args.batch_size {self.batch_size} is over all devices, and cannot be shared "
                 f"equally by {world}: choose a multiple"
             )
         return TokenGenerator(

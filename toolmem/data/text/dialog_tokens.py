@@ -158,9 +158,7 @@ class DialogTokenGenerator(IndexedBatches):
         codes = self.table.codes.take(starts[:, None] + steps, mode="clip")
         codes *= steps < lengths[:, None]
         # (a shorter dialogue's last token stays as an input; its target is padding, without loss)
-        return self._batch(
-            codes[:, :-1], codes[:, 1:], None, int(lengths.sum()) - len(lengths), state
-        )
+        return self._batch(codes[:, :-1], codes[:, 1:], None, lengths - 1, state)
 
     def _pack(self, starts: np.ndarray, lengths: np.ndarray, state: dict[str, int]) -> Batch:
         lengths = lengths - 1  # a dialogue fills as many cells as it has targets
@@ -181,14 +179,14 @@ class DialogTokenGenerator(IndexedBatches):
         firsts = np.searchsorted(row_of[order], np.arange(n_rows))
         numbers[order] = np.arange(len(order)) - firsts[row_of[order]]
         documents.ravel()[cells] = np.repeat(numbers, lengths)
-        return self._batch(inputs, targets, torch.from_numpy(documents), total, state)
+        return self._batch(inputs, targets, torch.from_numpy(documents), lengths, state)
 
     def _batch(
         self,
         inputs: np.ndarray,
         targets: np.ndarray,
         documents: torch.Tensor | None,
-        n_tokens: int,
+        lengths: np.ndarray,
         state: dict[str, int],
     ) -> Batch:
         ids, shift = self.table.codes.dtype.type(self.table.token_mask), self.table.role_shift
@@ -200,7 +198,8 @@ class DialogTokenGenerator(IndexedBatches):
             loss_mask=torch.from_numpy(bears_loss),
             documents=documents,
             spans=foreign_spans(inputs >> shift) if self.with_spans else None,
-            n_tokens=n_tokens,
+            n_tokens=int(lengths.sum()),
+            lengths=torch.from_numpy(lengths),
             state=state,
         )
 

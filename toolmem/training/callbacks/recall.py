@@ -16,6 +16,7 @@ import torch
 from toolmem import console
 from toolmem.errors import ToolmemError
 from toolmem.files import write_text
+from toolmem.tools import open_toolbox
 from toolmem.training.callbacks.throughput import not_training
 from toolmem.training.module import LanguageModelModule
 
@@ -86,7 +87,7 @@ class RecallProbe(pl.Callback):
             path = Path(trainer.default_root_dir) / "facts.duckdb"
             if not path.is_file() or trainer.global_step == 0:  # a new run may be of other facts
                 datamodule.write_factbase(path)
-            self._toolbox = open_toolbox(path)
+            self._toolbox = open_toolbox(datamodule.checkpoint_info().get("tools"), path)
 
     def on_train_batch_end(
         self,
@@ -153,13 +154,6 @@ class RecallProbe(pl.Callback):
         if self._toolbox is not None:
             self._toolbox.close()
             self._toolbox = None
-
-
-def open_toolbox(factbase: Path) -> Toolbox:
-    """The tools of in-tool training: the facts as a database, and the calculator."""
-    from toolmem.tools import Calculator, SqlTool, Toolbox
-
-    return Toolbox([SqlTool(factbase), Calculator()])
 
 
 def metrics_of(result: RecallResult, split: str) -> dict[str, float]:
