@@ -30,7 +30,7 @@ class Throughput(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock of the first step."""
         self._started = time.perf_counter()
-        self._began = None
+        self._began, self._paused = None, 0.0
         self._step = trainer.global_step
 
     def on_train_batch_end(
@@ -43,8 +43,9 @@ class Throughput(pl.Callback):
     ) -> None:
         """Count the batch; every ``trainer.log_every_n_steps`` steps, log."""
         if self._began is None:
+            paused = self._paused
             self._begin()
-            self._first_step_s = self._began_at() - self._started
+            self._first_step_s = self._began_at() - self._started - paused
             self._step = trainer.global_step
             return
         self._tokens += batch.n_tokens

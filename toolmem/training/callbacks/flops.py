@@ -1,0 +1,214 @@
+"""FLOPs of training, exact and executed, and how well they use the machine."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+
+from toolmem.data.batch import Batch
+from toolmem.models import LanguageModel
+from toolmem.models.model_flops import ModelFlops, Pairs, run_lengths, seen_pairs, span_pairs
+from toolmem.training.callbacks.throughput import Throughput, not_training
+from toolmem.training.flops import matmul_rate, optimizer_flops
+from toolmem.training.module import LanguageModelModule
+
+COUNTS = ("tokens", "exact", "executed", "optimizer")
+
+
+class Flops(Throughput):
+    """Logs what training has cost in FLOPs; nothing is counted twice, so that it costs next to nothing.
+
+    - ``flops/total``: the model's, forward and backward, exact: padding costs nothing, and attention
+      is counted by the pairs of tokens that see each other, from the rows' actual lengths.
+    - ``flops/per_token``: the same for a token that is not padding, since the last time.
+    - ``flops/executed_total``: what the machine was given to do: padding, whole blocks of attention,
+      scores computed again in its backward pass.
+    - ``flops/optimizer``: the optimizer's, which is in none of the above.
+    - ``flops/utilisation``: exact FLOPs a second as a share of ``flops/matmul_rate`` (the MFU of
+      arXiv 2204.02311), ``flops/hardware_utilisation`` of those executed, the optimizer's among them.
+    - ``flops/matmul_rate``: FLOPs a second of one large matmul on this machine, measured once.
+
+    Totals are over all ranks and over all of the run, whatever it was resumed from. Time is counted as
+    by ``Throughput``. An operation that has no formula is named in a warning.
+
+    Args:
+        utilisation: measure the machine, for about a third of a second, and log utilisation.
+    """
+
+    def __init__(self, utilisation: bool = True) -> None:
+        super().__init__()
+        self.utilisation = utilisation
+        self.totals = dict.fromkeys(COUNTS, 0)  # of all ranks, at the last time that they met
+        self._reported = dict(self.totals)  # when it was last logged
+        self._mine = dict.fromkeys(COUNTS, 0)  # of this rank since then
+        self._timed = dict.fromkeys(COUNTS, 0)  # of this rank in the span that is timed
+        self._rate: float | None = None
+        self._trainer: pl.Trainer | None = None
+        self._named: set[str] = set()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Get to know model and optimizer."""
+        super().on_train_start(trainer, pl_module)
+        assert isinstance(pl_module, LanguageModelModule)
+        self._trainer = trainer
+        self._flops = ModelFlops(pl_module.model)
+        found = [optimizer_flops(optimizer) for optimizer in trainer.optimizers]
+        self._of_optimizer = sum(one.total for one in found)
+        self._name_unknown({name: 1 for one in found for name in one.unknown})
+        self._steps = self._logged = trainer.global_step
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Count the batch; every ``trainer.log_every_n_steps`` steps, log."""
+        with not_training(trainer):
+            exact, executed = step_flops(self._flops, batch)
+        steps, self._steps = trainer.global_step - self._steps, trainer.global_step
+        counts = (batch.n_tokens, exact, executed, steps * self._of_optimizer)
+        for name, value in zip(COUNTS, counts, strict=True):
+            self._mine[name] += value
+            self._timed[name] += value
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def _begin(self) -> None:
+        super()._begin()
+        self._timed = dict.fromkeys(COUNTS, 0)
+
+    def _log(self, pl_module: pl.LightningModule) -> None:
+        assert self._trainer is not None
+        seconds = time.perf_counter() - self._began_at() - self._paused
+        metrics: dict[str, float] = {}
+        if self.utilisation:
+            if self._rate is None:
+                self._rate = metrics["flops/matmul_rate"] = self._measured_rate(pl_module)
+            available = max(seconds, 1e-9) * self._rate
+            timed = self._timed
+            metrics["flops/utilisation"] = timed["exact"] / available
+            hardware = timed["executed"] + timed["optimizer"]
+            metrics["flops/hardware_utilisation"] = hardware / available
+        self._report(pl_module, metrics)
+        self._begin()
+
+    def _measured_rate(self, pl_module: pl.LightningModule) -> float:
+        assert self._trainer is not None
+        with not_training(self._trainer):
+            return matmul_rate(pl_module.device, dtype_of(str(self._trainer.precision)))
+
+    def _report(self, pl_module: pl.LightningModule, metrics: dict[str, float]) -> None:
+        assert isinstance(pl_module, LanguageModelModule)
+        self._meet(pl_module.device)
+        tokens, exact = (self.totals[name] - self._reported[name] for name in ("tokens", "exact"))
+        self._reported = dict(self.totals)
+        pl_module.report(
+            {
+                "flops/total": self.totals["exact"],
+                "flops/per_token": exact / max(tokens, 1),
+                "flops/executed_total": self.totals["executed"],
+                "flops/optimizer": self.totals["optimizer"],
+                **metrics,
+            }
+        )
+        self._logged = pl_module.trainer.global_step
+        self._name_unknown(self._flops.unknown)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log what was counted since the last time."""
+        if trainer.global_step != self._logged:
+            self._report(pl_module, {})
+
+    def _meet(self, device: torch.device) -> None:
+        """Add what every rank has counted to the totals; every rank must call it."""
+        counts = torch.tensor([self._mine[name] for name in COUNTS], dtype=torch.int64)
+        if self._trainer is not None and self._trainer.world_size > 1:
+            counts = self._trainer.strategy.reduce(counts.to(device), reduce_op="sum")
+        for name, value in zip(COUNTS, counts.tolist(), strict=True):
+            self.totals[name] += value
+            self._mine[name] = 0
+
+    def _name_unknown(self, unknown: dict[str, int]) -> None:
+        new = sorted(set(unknown) - self._named)
+        self._named.update(new)
+        if new:
+            rank_zero_warn(
+                f"flops: there is no formula for {', '.join(new)}: not counted. "
+                "toolmem.models.flops.register_flops gives it one"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The totals, over all ranks; every rank must call it."""
+        if self._trainer is not None:
+            self._meet(self._trainer.strategy.root_device)
+        return {"totals": dict(self.totals), "reported": dict(self._reported)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the totals of a checkpoint."""
+        self.totals = dict(state_dict["totals"])
+        self._reported = dict(state_dict["reported"])
+
+
+def step_flops(flops: ModelFlops, batch: Batch) -> tuple[int, int]:
+    """FLOPs of a batch forward and backward, exact and executed.
+
+    Args:
+        flops: of the model.
+        batch: what it is trained on.
+    """
+    rows, seq = batch.tokens.shape
+    model = flops.model
+    spans = batch.spans if model.attention_mask == "prefix" else None
+    body = flops.body(rows, seq, documents=batch.documents is not None, spans=spans is not None)
+    head = flops.head()
+    n_head = head_tokens(model, batch)
+    of_head = n_head * (head.forward + head.gradient)
+    exact = body.exact(batch.n_tokens, pairs_of(batch, spans))
+    return exact + of_head, body.executed() + of_head
+
+
+def pairs_of(batch: Batch, spans: torch.Tensor | None) -> Pairs:
+    """How many pairs of a batch's tokens see each other.
+
+    Args:
+        batch: the batch.
+        spans: (batch, seq) ids of spans that are seen both ways, -1 elsewhere; None for none.
+    """
+    rows, width = batch.tokens.shape
+
+    def pairs(window: int, seq: int) -> int:
+        whole = seq == width  # else these are modules that predict more tokens, causally
+        if batch.documents is not None and not (whole and batch.lengths is not None):
+            lengths = run_lengths(batch.documents[:, :seq])
+        elif batch.lengths is not None:
+            lengths = batch.lengths.clamp(max=seq)
+        else:
+            lengths = torch.full((rows,), seq)
+        found = seen_pairs(lengths, window)
+        return found + span_pairs(spans, window) if spans is not None and whole else found
+
+    return pairs
+
+
+def head_tokens(model: LanguageModel, batch: Batch) -> int:
+    """How many times the head is asked: where loss is borne, for each token that is predicted."""
+    asked = batch.positions().numel()
+    multi_token = getattr(model, "multi_token", None)
+    if multi_token is not None:
+        for ahead in range(1, min(len(multi_token.blocks) + 1, batch.tokens.shape[1])):
+            bears = multi_token.bearing(batch.loss_mask, batch.documents, ahead)
+            asked += int(bears.sum())
+    return asked
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """What a trainer of this precision multiplies in."""
+    if precision.startswith("bf16"):
+        return torch.bfloat16
+    return {"16": torch.float16, "64": torch.float64}.get(precision[:2], torch.float32)
