@@ -139,7 +139,8 @@ class StatefulDataModule(pl.LightningDataModule, ABC):
                 before = loaded["signature"].get(key)
                 if before != value:
                     raise ToolmemError(
-                        f"cannot resume from {self._came_from}: data.init_args.{key} is {value!r}, the checkpoint's run had "
+                        f"cannot resume from {self._came_from}: data.init_args.{key} is {value!r}, "
+                        f"the checkpoint's run had "
                         f"{before!r}; set it as it was, or start a new run"
                     )
             world = self.rank_and_world[1]

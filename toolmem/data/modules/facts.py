@@ -128,7 +128,8 @@ class FactsDataModule(StatefulDataModule):
             if self.setting == "in_weight" and templates.uses_tool:
                 raise ToolmemError(
                     f"data.init_args.templates: in {templates.name} the database speaks, but "
-                    "data.init_args.setting is in_weight: set it to in_tool, or take templates without a database"
+                    "data.init_args.setting is in_weight: set it to in_tool, or take templates "
+                    "without a database"
                 )
         if self.setting == "in_tool" and not any(t.uses_tool for t in self.template_sets):
             raise ToolmemError(
