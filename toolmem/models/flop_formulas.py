@@ -184,6 +184,7 @@ FORMULAS: dict[Any, Formula] = _existing(
         "_weight_int8pack_mm": _product,
         "_weight_int4pack_mm": _product,
         "_weight_int4pack_mm_for_cpu": _product,
+        "_weight_int4pack_mm_with_scales_and_zeros": _product,
         "_dyn_quant_matmul_4bit": _product,
         "_mixed_dtypes_linear": _product,
         "_scaled_mm_v2": _product,
@@ -252,62 +253,77 @@ def attention_call(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
 # Operations of aten that count 0, by kind. Elementwise ones and views are known to torch (``is_free``).
 _FREE = {
     "made of nothing": (
-        "arange empty empty_like empty_strided eye fill fill_ full full_like linspace "
-        "new_empty new_empty_strided new_full new_ones new_zeros ones ones_like rand "
-        "rand_like randint randn randn_like randperm scalar_tensor tril_indices triu_indices "
-        "zero zero_ zeros zeros_like _efficientzerotensor"
+        "_efficientzerotensor arange empty empty_like empty_permuted empty_strided eye fill "
+        "fill_ full full_like linspace logspace new_empty new_empty_strided new_full new_ones "
+        "new_zeros ones ones_like rand rand_like randint randint_like randn randn_like "
+        "randperm range scalar_tensor tril_indices triu_indices zero zero_ zeros zeros_like"
     ),
     "random numbers": (
-        "bernoulli bernoulli_ exponential_ multinomial native_dropout native_dropout_backward "
-        "normal normal_ uniform_ random_ geometric_"
+        "_fused_dropout _masked_scale bernoulli bernoulli_ exponential exponential_ geometric "
+        "geometric_ multinomial native_dropout native_dropout_backward normal normal_ random "
+        "random_ uniform uniform_"
     ),
     "copies and changes of shape": (
-        "_reshape_alias _reshape_copy _to_copy _unsafe_view alias cat constant_pad_nd "
-        "contiguous copy copy_ detach_ flip lift lift_fresh pixel_shuffle repeat "
-        "repeat_interleave resize_ roll set_ stack tril tril_ triu triu_ unfold_backward "
-        "unsafe_split unsafe_split_with_sizes select_backward slice_backward slice_scatter "
-        "select_scatter diagonal_backward diagonal_scatter diag_embed as_strided_scatter "
-        "as_strided_ block_diag rot90 squeeze_ unsqueeze_ t_ transpose_ split_with_sizes_copy "
-        "transpose_copy permute_copy"
+        "_chunk_cat _reshape_alias _reshape_copy _stack _to_copy _unsafe_view alias "
+        "alias_copy as_strided_ as_strided_copy as_strided_scatter block_diag cat "
+        "constant_pad_nd contiguous copy copy_ detach_ detach_copy diag_embed "
+        "diagonal_backward diagonal_copy diagonal_scatter expand_copy flip lift lift_fresh "
+        "lift_fresh_copy narrow_copy permute_copy pixel_shuffle reflection_pad1d "
+        "reflection_pad1d_backward repeat repeat_interleave replication_pad1d "
+        "replication_pad1d_backward resize_ resize_as_ roll rot90 select_backward select_copy "
+        "select_scatter set_ slice_backward slice_copy slice_scatter split_copy "
+        "split_with_sizes_copy squeeze_ squeeze_copy stack t_ t_copy transpose_ "
+        "transpose_copy tril tril_ triu triu_ unbind_copy unfold_backward unfold_copy "
+        "unsafe_split unsafe_split_with_sizes unsqueeze_ unsqueeze_copy values_copy view_copy"
     ),
     "looking up": (
-        "_embedding_bag _index_put_impl_ _unsafe_index _unsafe_index_put embedding "
-        "embedding_dense_backward gather index index_add index_add_ index_copy index_copy_ "
-        "index_fill index_fill_ index_put index_put_ index_select masked_scatter "
-        "masked_scatter_ masked_select nonzero put_ put scatter scatter_ scatter_add "
-        "scatter_add_ scatter_reduce scatter_reduce_ segment_reduce take take_along_dim "
-        "searchsorted bucketize one_hot"
+        "_embedding_bag _embedding_bag_dense_backward _index_put_impl_ _unsafe_index "
+        "_unsafe_index_put _unsafe_masked_index _unsafe_masked_index_put_accumulate bucketize "
+        "embedding embedding_dense_backward gather index index_add index_add_ index_copy "
+        "index_copy_ index_fill index_fill_ index_put index_put_ index_reduce index_reduce_ "
+        "index_select masked_scatter masked_scatter_ masked_scatter_backward masked_select "
+        "nonzero nonzero_static one_hot put put_ scatter scatter_ scatter_add scatter_add_ "
+        "scatter_reduce scatter_reduce_ searchsorted segment_reduce take take_along_dim"
     ),
     "reductions and running sums": (
-        "all allclose amax amin aminmax any argmax argmin argsort bincount count_nonzero "
-        "cummax cummin cumprod cumprod_ cumsum cumsum_ equal histc kthvalue "
-        "linalg_vector_norm logcumsumexp logsumexp max mean median min mode nansum norm prod "
-        "sort std std_mean sum topk unique_consecutive _unique2 unique_dim var var_mean "
-        "is_nonzero item _local_scalar_dense _logcumsumexp _cummax_helper _cummin_helper "
-        "cumulative_trapezoid diff"
+        "_aminmax _cummax_helper _cummin_helper _is_all_true _is_any_true _local_scalar_dense "
+        "_logcumsumexp _unique _unique2 all allclose amax amin aminmax any argmax argmin "
+        "argsort bincount count_nonzero cummax cummin cumprod cumprod_ cumsum cumsum_ "
+        "cumulative_trapezoid diff dist equal histc is_nonzero item kthvalue "
+        "linalg_vector_norm logcumsumexp logsumexp max mean median min mode nanmedian nansum "
+        "norm prod sort std std_mean sum topk trace unique_consecutive unique_dim "
+        "unique_dim_consecutive var var_mean"
     ),
     "norms, softmax, losses": (
         "_fused_rms_norm _fused_rms_norm_backward _log_softmax _log_softmax_backward_data "
-        "_masked_softmax _masked_softmax_backward _safe_softmax _softmax "
-        "_softmax_backward_data binary_cross_entropy binary_cross_entropy_backward huber_loss "
-        "mse_loss mse_loss_backward native_batch_norm native_batch_norm_backward "
-        "native_group_norm native_group_norm_backward native_layer_norm "
-        "native_layer_norm_backward nll_loss_backward nll_loss_forward smooth_l1_loss "
-        "smooth_l1_loss_backward _weight_norm_interface _weight_norm_interface_backward"
+        "_masked_softmax _masked_softmax_backward _native_batch_norm_legit "
+        "_native_batch_norm_legit_functional _native_batch_norm_legit_no_training "
+        "_safe_softmax _softmax _softmax_backward_data _weight_norm_interface "
+        "_weight_norm_interface_backward binary_cross_entropy binary_cross_entropy_backward "
+        "binary_cross_entropy_with_logits huber_loss huber_loss_backward mse_loss "
+        "mse_loss_backward native_batch_norm native_batch_norm_backward native_group_norm "
+        "native_group_norm_backward native_layer_norm native_layer_norm_backward "
+        "nll_loss_backward nll_loss_forward renorm renorm_ smooth_l1_loss "
+        "smooth_l1_loss_backward"
     ),
     "elementwise, but without torch's mark": (
+        "_add_relu _amp_foreach_non_finite_check_and_unscale_ _amp_update_scale_ "
+        "_assert_async _assert_scalar _assert_tensor_metadata _conj _conj_physical "
+        "_convert_weight_to_int4pack_for_cpu _dyn_quant_pack_4bit_weight "
+        "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams "
+        "_functional_sym_constrain_range _fused_adam _fused_adam_ _fused_adamw _fused_adamw_ "
+        "_fused_sgd _fused_sgd_ _make_per_channel_quantized_tensor "
+        "_make_per_tensor_quantized_tensor _pin_memory _prelu_kernel _prelu_kernel_backward "
         "_thnn_fused_gru_cell _thnn_fused_gru_cell_backward _thnn_fused_lstm_cell "
-        "_thnn_fused_lstm_cell_backward_impl _fused_adam_ _fused_adamw_ _fused_sgd_ "
-        "_amp_foreach_non_finite_check_and_unscale_ glu glu_backward rrelu_with_noise clamp_ "
-        "_conj _conj_physical complex polar real imag view_as_real view_as_complex isfinite "
-        "isin native_channel_shuffle avg_pool1d max_pool1d _prelu_kernel "
-        "_prelu_kernel_backward _fake_quantize_per_tensor_affine_cachemask_tensor_qparams "
-        "quantize_per_tensor dequantize _make_per_tensor_quantized_tensor "
-        "_make_per_channel_quantized_tensor _dyn_quant_pack_4bit_weight "
-        "_convert_weight_to_int4pack_for_cpu _assert_async _assert_scalar "
-        "_assert_tensor_metadata sym_size sym_numel sym_stride sym_storage_offset "
-        "_functional_sym_constrain_range sym_constrain_range is_same_size is_pinned "
-        "_pin_memory record_stream"
+        "_thnn_fused_lstm_cell_backward_impl abs_ avg_pool1d clamp_ complex copysign_ "
+        "dequantize elu_backward eq_ floor_divide floor_divide_ ge_ gelu_ glu glu_backward "
+        "gt_ hardshrink_backward hardsigmoid_backward hardswish hardswish_ hardswish_backward "
+        "hardtanh_backward heaviside_ imag is_pinned is_same_size isfinite isin le_ "
+        "leaky_relu_backward log_sigmoid_backward log_sigmoid_forward lt_ masked_fill_ "
+        "max_pool1d mish_ native_channel_shuffle ne_ polar quantize_per_tensor real "
+        "record_stream rrelu_with_noise rsub softplus_backward softshrink_backward "
+        "sym_constrain_range sym_numel sym_size sym_storage_offset sym_stride threshold_ "
+        "view_as_complex view_as_real"
     ),
 }
 FREE_OPERATIONS = frozenset(name for names in _FREE.values() for name in names.split())

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from toolmem.models.flops import register_flops
+
 
 def selective_scan_sequential(
     x: Tensor,
@@ -262,6 +264,7 @@ def _selective_scan_backward_shapes(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # the edges have none, and zeros for them would be large
     *tensors, initial = inputs
     ctx.save_for_backward(*tensors, output[2])
     ctx.has_initial = initial is not None
@@ -279,6 +282,22 @@ def _backward(
 
 
 _selective_scan.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _scan_flops(x: Tensor, dt: Tensor, A: Tensor, *_: Any, **__: Any) -> int:
+    """Of the recurrence written plainly, an operation on a number one FLOP. For each token, channel and
+    state: the decay's exponent, the decay, what is taken in, the recurrence 2, the output 2. For each
+    token and channel: dt x.
+    """
+    return x.numel() * (7 * A.shape[0] + 1)
+
+
+def _scan_backward_flops(grad_y: Tensor, grad_last: Tensor, *inputs: Any, **_: Any) -> int:
+    return 2 * _scan_flops(*inputs)  # as a product's gradients
+
+
+register_flops(_scan_flops)(torch.ops.toolmem.selective_scan)
+register_flops(_scan_backward_flops)(torch.ops.toolmem.selective_scan_backward)
 
 
 def selective_scan(
