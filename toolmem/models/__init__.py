@@ -7,6 +7,12 @@ __getattr__, __dir__, __all__ = attach(
     {
         "LanguageModel": "toolmem.models.language_model",
         "Transformer": "toolmem.models.transformer",
+        "MoETransformer": "toolmem.models.moe",
+        "Mamba": "toolmem.models.mamba",
+        "Mamba2": "toolmem.models.mamba2",
+        "RNN": "toolmem.models.rnn",
+        "LinearAttention": "toolmem.models.linear_attention",
+        "Hybrid": "toolmem.models.hybrid",
         "Cache": "toolmem.models.cache",
     },
 )
