@@ -6,15 +6,43 @@ Shapes: b batch, s seq, h query heads, k key/value heads, d head_dim, n keys loo
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from toolmem.errors import ToolmemError
+from toolmem.models import flex
 from toolmem.models.cache import AttentionCache, WindowCache
 from toolmem.models.context import Context
+from toolmem.models.flops import PairWork, attention_work, register_flops
 from toolmem.models.layers import RMSNorm, ShortConvolution
 from toolmem.models.masks import causal_mask, ring_mask
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+
+def head_sizes(
+    dim: int, n_heads: int, n_kv_heads: int | None, head_dim: int | None
+) -> tuple[int, int]:
+    """The number of key/value heads and the width of a head, defaults filled in.
+
+    Raises:
+        ToolmemError: when heads do not divide what they share.
+    """
+    if head_dim is None and dim % n_heads:
+        raise ToolmemError(
+            f"dim {dim} is not divisible by n_heads {n_heads}: change n_heads or dim, or set "
+            "head_dim"
+        )
+    kv_heads = n_heads if n_kv_heads is None else n_kv_heads
+    if n_heads % kv_heads:
+        raise ToolmemError(
+            f"n_heads {n_heads} is not divisible by n_kv_heads {kv_heads}: change n_kv_heads"
+        )
+    return kv_heads, dim // n_heads if head_dim is None else head_dim
 
 
 def rotary_tables(head_dim: int, max_seq_len: int, base: float) -> tuple[Tensor, Tensor]:
@@ -51,14 +79,88 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     return torch.addcmul(x * cos, x.roll(width // 2, -1), sin)
 
 
-class Attention(nn.Module):
+def repeated(heads: Tensor, n_heads: int) -> Tensor:
+    """Key/value heads (b, k, n, d), one for each of ``n_heads`` query heads."""
+    share = n_heads // heads.shape[1]
+    return heads if share == 1 else heads.repeat_interleave(share, dim=1)
+
+
+def _attention_work(
+    mixer: nn.Module, queries: Tensor, keys: Tensor, values: Tensor, mask: object
+) -> PairWork:
+    return attention_work(queries, values, getattr(mixer, "window", 0))
+
+
+class HeadMixing(nn.Module):
+    """The middle of every attention: heads compare queries with keys and take means of values.
+
+    Args:
+        scale: what products of queries and keys are multiplied by.
+        softcap: bound them to (-softcap, softcap) by a tanh (arXiv 2408.00118); 0 for none.
+    """
+
+    parameter_group = "attention"
+
+    def __init__(self, scale: float, softcap: float = 0.0) -> None:
+        super().__init__()
+        self.scale = scale
+        self.softcap = softcap
+
+    @register_flops(_attention_work)
+    def attend(
+        self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | BlockMask | None
+    ) -> Tensor:
+        """Weighted means of values.
+
+        Args:
+            queries: (b, h, s, d).
+            keys: (b, k, n, d).
+            values: (b, k, n, v).
+            mask: bool, broadcasting to (b, h, s, n); None for plain causal attention; FlexAttention's
+                where that is the kernel.
+
+        Returns:
+            (b, h, s, v).
+        """
+        if not (mask is None or isinstance(mask, Tensor)):
+            return flex.attend(queries, keys, values, mask, self.scale, self.softcap)
+        n_heads = queries.shape[1]
+        if self.softcap:
+            return self.weights(queries, keys, mask) @ repeated(values, n_heads)
+        # The flash kernel also for tiny heads: at (128, 2, 70, 16) forward and backward took 13 ms
+        # on one core, 25 ms by the math kernel and 16 ms by two bmm and a softmax.
+        return F.scaled_dot_product_attention(
+            queries,
+            keys,
+            values,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.scale,
+            enable_gqa=n_heads != keys.shape[1],
+        )
+
+    def weights(self, queries: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention's weights, written plainly, (b, h, s, n); arguments as ``attend``."""
+        return self.scores(queries, keys, mask).softmax(dim=-1)
+
+    def scores(self, queries: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
+        """What attention's softmax is given, (b, h, s, n), -inf where it may not look."""
+        scores = queries @ repeated(keys, queries.shape[1]).transpose(-1, -2) * self.scale
+        if self.softcap:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        if mask is None:
+            mask = causal_mask(queries.shape[2], queries.device)
+        return scores.masked_fill(~mask, float("-inf"))
+
+
+class Attention(HeadMixing):
     """Causal self-attention with grouped key/value heads (GQA, arXiv 2305.13245).
 
     Args:
         dim: width of the residual stream.
         n_heads: query heads.
-        n_kv_heads: key/value heads; each serves n_heads / n_kv_heads query heads.
-        head_dim: width of a head.
+        n_kv_heads: key/value heads; each serves n_heads / n_kv_heads query heads; n_heads when None.
+        head_dim: width of a head; dim / n_heads when None.
         qk_norm: RMS-normalise each query and key head before rotation (arXiv 2302.05442).
         norm_eps: epsilon of those norms.
         conv_width: taps of a short convolution over queries, keys and values (Canon B of
@@ -74,14 +176,12 @@ class Attention(nn.Module):
         scale: what products of queries and keys are multiplied by; 1 / sqrt(head_dim) when None.
     """
 
-    parameter_group = "attention"
-
     def __init__(
         self,
         dim: int,
         n_heads: int,
-        n_kv_heads: int,
-        head_dim: int,
+        n_kv_heads: int | None = None,
+        head_dim: int | None = None,
         qk_norm: bool = False,
         norm_eps: float = 1e-5,
         conv_width: int = 0,
@@ -92,14 +192,14 @@ class Attention(nn.Module):
         softcap: float = 0.0,
         scale: float | None = None,
     ) -> None:
-        super().__init__()
+        n_kv_heads, head_dim = head_sizes(dim, n_heads, n_kv_heads, head_dim)
+        super().__init__(1 / math.sqrt(head_dim) if scale is None else scale, softcap)
         self.n_heads = n_heads
         self.n_kv_heads = n_kv_heads
         self.head_dim = head_dim
         self.window = window
         self.rope = rope
-        self.softcap = softcap
-        self.scale = 1 / math.sqrt(head_dim) if scale is None else scale
+        self.rotary_dim = head_dim if rope else 0  # what it expects of the model's tables, at most
         channels = (n_heads + 2 * n_kv_heads) * head_dim
         self.qkv = nn.Linear(dim, channels, bias=bias)
         self.out = nn.Linear(n_heads * head_dim, dim, bias=bias)
@@ -169,51 +269,7 @@ class Attention(nn.Module):
             values = cache.values[:, :, : context.n_keys]
         else:
             keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-        return self._finish(self.attend(queries, keys, values, context.mask(self.window)))
+        return self._finish(self.attend(queries, keys, values, context.kernel_mask(self.window)))
 
     def _finish(self, y: Tensor) -> Tensor:
         return self.out(y.transpose(1, 2).flatten(2))
-
-    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """Weighted means of values.
-
-        Args:
-            queries: (b, h, s, d).
-            keys: (b, k, n, d).
-            values: (b, k, n, d).
-            mask: bool, broadcasting to (b, h, s, n); None for plain causal attention.
-
-        Returns:
-            (b, h, s, d).
-        """
-        if self.softcap:
-            return self.weights(queries, keys, mask) @ self._repeated(values)
-        # The flash kernel also for tiny heads: at (128, 2, 70, 16) forward and backward took 13 ms
-        # on one core, 25 ms by the math kernel and 16 ms by two bmm and a softmax.
-        return F.scaled_dot_product_attention(
-            queries,
-            keys,
-            values,
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=self.scale,
-            enable_gqa=self.n_heads != self.n_kv_heads,
-        )
-
-    def weights(self, queries: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention's weights, written plainly, (b, h, s, n); arguments as ``attend``."""
-        return self.scores(queries, keys, mask).softmax(dim=-1)
-
-    def scores(self, queries: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
-        """What attention's softmax is given, (b, h, s, n), -inf where it may not look."""
-        scores = queries @ self._repeated(keys).transpose(-1, -2) * self.scale
-        if self.softcap:
-            scores = self.softcap * torch.tanh(scores / self.softcap)
-        if mask is None:
-            mask = causal_mask(queries.shape[2], queries.device)
-        return scores.masked_fill(~mask, float("-inf"))
-
-    def _repeated(self, heads: Tensor) -> Tensor:
-        """Key/value heads, one for each query head."""
-        share = self.n_heads // self.n_kv_heads
-        return heads if share == 1 else heads.repeat_interleave(share, dim=1)

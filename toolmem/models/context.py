@@ -6,10 +6,15 @@ Shapes: b batch, s seq, k cached keys.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from toolmem.models import flex
 from toolmem.models.masks import attention_mask
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 @dataclass
@@ -47,6 +52,8 @@ class Context:
         n_keys: cached keys to look at; 0 when the chunk is all there is.
         extras: where terms of the loss and figures go; None when nobody wants them.
         shared: what an earlier layer leaves for later ones, by name.
+        kernel: what runs attention that is not plainly causal, over whole rows: torch's own
+            (``sdpa``, with a materialised mask) or FlexAttention (``flex``).
     """
 
     positions: Tensor
@@ -59,7 +66,9 @@ class Context:
     n_keys: int = 0
     extras: Extras | None = None
     shared: dict[str, Tensor] = field(default_factory=dict)
+    kernel: flex.Kernel = "sdpa"
     masks: dict[int, Tensor | None] = field(default_factory=dict)
+    block_masks: dict[int, BlockMask] = field(default_factory=dict)
 
     def mask(self, window: int = 0) -> Tensor | None:
         """Which keys each token attends to; None for plain causal attention.
@@ -82,3 +91,15 @@ class Context:
                 window=window,
             )
         return self.masks[window]
+
+    def kernel_mask(self, window: int = 0) -> Tensor | BlockMask | None:
+        """``mask``, in the form that the attention kernel of this pass takes."""
+        row = self.positions.shape[-1]
+        plain = self.documents is None and self.spans is None and not 0 < window < row
+        if self.kernel == "sdpa" or self.n_keys or plain:
+            return self.mask(window)
+        if window not in self.block_masks:
+            self.block_masks[window] = flex.block_mask(
+                row, self.positions.device, self.documents, self.spans, window
+            )
+        return self.block_masks[window]

@@ -8,7 +8,8 @@ An architecture is a subclass whose ``__init__`` makes a list of blocks and hand
 
 A module inside may say more of itself, by duck typing:
 
-    parameter_group               where its parameters are counted
+    parameter_group               where its parameters are counted (those of modules in it too, if
+                                  it has ``whole_group = True``)
     inactive_parameters()         how many of them one token does not use (experts not chosen)
     after_optimizer_step(reduce)  called once a step of training (balancing of experts)
     context.extras                takes terms of the loss and figures to log
@@ -26,12 +27,14 @@ import torch
 from torch import Tensor, nn
 
 from toolmem.errors import ToolmemError
+from toolmem.models import flex, mup
 from toolmem.models.attention import rotary_tables
 from toolmem.models.cache import Cache
 from toolmem.models.context import Context, Extras
 from toolmem.models.initialization import initialize
 from toolmem.models.layers import RMSNorm
 from toolmem.models.masks import document_positions
+from toolmem.models.multi_token import MultiToken
 
 
 def _recording(init: Callable[..., None]) -> Callable[..., None]:
@@ -77,9 +80,13 @@ class LanguageModel(nn.Module):
             that the model did not write (``spans`` of ``hidden``).
         dropout: probability, on the embedded tokens (blocks see to their own).
         initialization: a scheme of ``initialization.py``.
+        mup_base_dim: the width at which the learning rate was tuned, for ``initialization: mup``.
+        multi_token: predicts tokens beyond the next in training (``multi_token.py``), or None.
     """
 
     init_args: dict[str, Any]
+    # What runs masked attention is a matter of the machine, not of the model: set from outside.
+    attention_kernel: flex.KernelChoice = "auto"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -104,8 +111,12 @@ class LanguageModel(nn.Module):
         attention_mask: Literal["causal", "prefix"] = "causal",
         dropout: float = 0.0,
         initialization: str = "scaled",
+        mup_base_dim: int | None = None,
+        multi_token: MultiToken | None = None,
     ) -> None:
         super().__init__()
+        mup.check(initialization, mup_base_dim)
+        self.mup_base_dim = mup_base_dim
         if attention_mask not in ("causal", "prefix"):
             raise ToolmemError(
                 f"attention_mask: unknown {attention_mask!r}; choose causal or prefix"
@@ -126,12 +137,16 @@ class LanguageModel(nn.Module):
         self.head = nn.Linear(dim, vocab_size, bias=False)
         if tie_embeddings:
             self.head.weight = self.embedding.weight
+        self.multi_token = multi_token
         self.rotary = rotary_dim > 0
         if self.rotary:
             cos, sin = rotary_tables(rotary_dim, max_seq_len, rope_base)
             # Not kept in checkpoints: a few numbers of the recipe decide them.
             self.register_buffer("rotary_cos", cos, persistent=False)
             self.register_buffer("rotary_sin", sin, persistent=False)
+        self.logit_scale = 1.0
+        if self.mup_base_dim is not None:
+            mup.parametrize(self)
         initialize(self, initialization)
 
     rotary_cos: Tensor
@@ -170,15 +185,13 @@ class LanguageModel(nn.Module):
         if self.attention_mask == "causal":
             spans = None
         if cache is None:
-            context = self._context(tokens, documents, spans)
+            context = self.context(tokens, documents, spans)
         else:
             if documents is not None:
                 raise ToolmemError("documents cannot be given with a cache: one lane, one document")
             context = self._cached_context(tokens, cache, counts, spans)
         context.extras = extras
-        x = self.embedding(tokens)
-        if self.scale != 1.0:
-            x = x * self.scale
+        x = self.embed(tokens)
         if self.position_embedding is not None:
             x = x + self.position_embedding(context.positions)
         if self.embedding_norm is not None:
@@ -191,9 +204,14 @@ class LanguageModel(nn.Module):
             cache.advance(counts, tokens.shape[1])
         return self.norm(x)
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embedded tokens, (..., dim), without positions."""
+        x = self.embedding(tokens)
+        return x if self.scale == 1.0 else x * self.scale
+
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: (..., dim) to (..., vocab_size)."""
-        logits = self.head(hidden)
+        logits = self.head(hidden if self.logit_scale == 1.0 else hidden * self.logit_scale)
         if self.logit_softcap:
             logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)
         return logits
@@ -286,7 +304,8 @@ class LanguageModel(nn.Module):
             group = "head"
         else:
             group = getattr(module, "parameter_group", group)
-        for parameter in module.parameters(recurse=False):
+        whole = getattr(module, "whole_group", False)
+        for parameter in module.parameters(recurse=whole):
             groups.setdefault(id(parameter), group)
         for child in module.children():
             self._collect_groups(child, group, groups)
@@ -298,17 +317,19 @@ class LanguageModel(nn.Module):
                 f"{self.max_seq_len}: raise max_seq_len, or cut the sequences"
             )
 
-    def _context(self, tokens: Tensor, documents: Tensor | None, spans: Tensor | None) -> Context:
+    def context(self, tokens: Tensor, documents: Tensor | None, spans: Tensor | None) -> Context:
         """The context of whole rows."""
         seq = tokens.shape[1]
         self._check_length(seq)
+        kernel = flex.kernel_for(self.attention_kernel, tokens.device, seq)
         if documents is None:
-            context = Context(torch.arange(seq, device=tokens.device), spans=spans)
+            index = torch.arange(seq, device=tokens.device)
+            context = Context(index, spans=spans, kernel=kernel)
             if self.rotary:
                 context.rotary = (self.rotary_cos[:seq], self.rotary_sin[:seq])
             return context
         positions = document_positions(documents)
-        context = Context(positions, documents=documents, spans=spans)
+        context = Context(positions, documents=documents, spans=spans, kernel=kernel)
         if self.rotary:
             context.rotary = (self.rotary_cos[positions], self.rotary_sin[positions])
         return context

@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from typing import Literal
 
 from toolmem.errors import ToolmemError
-from toolmem.models.attention import Attention
+from toolmem.models.attention import Attention, head_sizes
 from toolmem.models.language_model import LanguageModel
 from toolmem.models.layers import Block, FeedForward, FeedForwardKind, NormKind, make_norm
+from toolmem.models.mla import LatentAttention
+from toolmem.models.multi_token import MultiToken, MultiTokenForm
 
 
 class Transformer(LanguageModel):
@@ -52,8 +54,18 @@ class Transformer(LanguageModel):
         residual_conv: taps of one on each branch's input (Canon A and C); 0 for none.
         sandwich_norm: normalise also what each branch adds to the stream.
         initialization: a scheme of ``initialization.py``.
+        mup_base_dim: the width at which the learning rate was tuned, for ``initialization: mup``.
         norm_eps: epsilon of the norms.
         bias: biases in projections and layer norms.
+        attention: ``gqa``, heads that may share keys and values, or ``mla``, multi-head latent
+            attention (arXiv 2405.04434).
+        mla_kv_rank: width of the latent that keys and values are made of; 4 * head_dim when None.
+        mla_q_rank: width of the latent that queries are made of; 0 makes them of the stream itself.
+        mla_rope_dim: width of the part of queries and keys that carries positions; half of head_dim
+            when None.
+        multi_token: how many tokens beyond the next each position predicts in training.
+        multi_token_form: ``sequential`` (arXiv 2412.19437) or ``parallel`` (arXiv 2404.19737).
+        multi_token_weight: of their mean loss beside the next token's.
 
     Raises:
         ToolmemError: for sizes that do not go together, naming the key.
@@ -89,8 +101,16 @@ class Transformer(LanguageModel):
         residual_conv: int = 0,
         sandwich_norm: bool = False,
         initialization: str = "scaled",
+        mup_base_dim: int | None = None,
         norm_eps: float = 1e-5,
         bias: bool = False,
+        attention: Literal["gqa", "mla"] = "gqa",
+        mla_kv_rank: int | None = None,
+        mla_q_rank: int = 0,
+        mla_rope_dim: int | None = None,
+        multi_token: int = 0,
+        multi_token_form: MultiTokenForm = "sequential",
+        multi_token_weight: float = 0.3,
     ) -> None:
         check_sizes(
             vocab_size=vocab_size,
@@ -103,7 +123,25 @@ class Transformer(LanguageModel):
             head_dim=head_dim,
         )
         kv_heads, width = head_sizes(dim, n_heads, n_kv_heads, head_dim)
-        rotary_dim = rotary_width(width, position, rope_fraction)
+        if attention == "mla":
+            rotary_dim = latent_rope_width(width, position, mla_rope_dim)
+            for name, wanted in {
+                "n_kv_heads": n_kv_heads is not None,
+                "qk_norm": qk_norm,
+                "value_residual": value_residual,
+                "rope_fraction": rope_fraction != 1,
+            }.items():
+                if wanted:
+                    raise ToolmemError(
+                        f"{name} does not go with attention: mla, whose keys and values are made of "
+                        f"one normalised latent; leave {name} out"
+                    )
+        elif attention == "gqa":
+            rotary_dim = rotary_width(width, position, rope_fraction)
+            if mla_kv_rank is not None or mla_q_rank or mla_rope_dim is not None:
+                raise ToolmemError("mla_* options need attention: mla")
+        else:
+            raise ToolmemError(f"attention: unknown {attention!r}; choose gqa or mla")
         if not 0 <= dropout < 1:
             raise ToolmemError(f"dropout is {dropout}: it must be at least 0 and below 1")
         off_or_more = {
@@ -112,6 +150,7 @@ class Transformer(LanguageModel):
             "nope_every": nope_every,
             "attention_softcap": attention_softcap,
             "logit_softcap": logit_softcap,
+            "multi_token": multi_token,
         }
         for name, value in off_or_more.items():
             if value < 0:
@@ -120,8 +159,24 @@ class Transformer(LanguageModel):
             raise ToolmemError("norm_eps and rope_base must be above 0")
         windows = window_pattern(window, n_layers)
 
-        def block(index: int) -> Block:
-            attention = Attention(
+        def mixer(index: int, first_values: bool) -> Attention | LatentAttention:
+            rope = not nope_every or (index + 1) % nope_every != 0
+            if attention == "mla":
+                return LatentAttention(
+                    dim,
+                    n_heads,
+                    width,
+                    4 * width if mla_kv_rank is None else mla_kv_rank,
+                    rotary_dim,
+                    mla_q_rank,
+                    norm_eps,
+                    conv_width,
+                    bias,
+                    window=windows[index],
+                    rope=rope,
+                    softcap=attention_softcap,
+                )
+            return Attention(
                 dim,
                 n_heads,
                 kv_heads,
@@ -131,13 +186,15 @@ class Transformer(LanguageModel):
                 conv_width,
                 bias,
                 window=windows[index],
-                rope=not nope_every or (index + 1) % nope_every != 0,
-                value_residual=value_residual,
+                rope=rope,
+                value_residual=first_values,
                 softcap=attention_softcap,
             )
+
+        def block(index: int, first_values: bool = value_residual) -> Block:
             return Block(
                 dim,
-                attention,
+                mixer(index, first_values),
                 FeedForward(dim, hidden_dim or 4 * dim, feed_forward, bias),
                 norm,
                 norm_eps,
@@ -147,6 +204,16 @@ class Transformer(LanguageModel):
                 residual_conv,
             )
 
+        ahead = None
+        if multi_token:
+            ahead = MultiToken(
+                lambda: block(n_layers - 1, first_values=False),
+                lambda: make_norm(norm, dim, norm_eps, bias),
+                dim,
+                multi_token,
+                multi_token_form,
+                multi_token_weight,
+            )
         super().__init__(
             [block(index) for index in range(n_layers)],
             make_norm(norm, dim, norm_eps, bias),
@@ -163,6 +230,8 @@ class Transformer(LanguageModel):
             attention_mask=attention_mask,
             dropout=dropout,
             initialization=initialization,
+            mup_base_dim=mup_base_dim,
+            multi_token=ahead,
         )
 
 
@@ -171,27 +240,6 @@ def check_sizes(**sizes: int | None) -> None:
     for name, value in sizes.items():
         if value is not None and value < 1:
             raise ToolmemError(f"{name} is {value}: it must be at least 1")
-
-
-def head_sizes(
-    dim: int, n_heads: int, n_kv_heads: int | None, head_dim: int | None
-) -> tuple[int, int]:
-    """The number of key/value heads and the width of a head, defaults filled in.
-
-    Raises:
-        ToolmemError: when heads do not divide what they share.
-    """
-    if head_dim is None and dim % n_heads:
-        raise ToolmemError(
-            f"dim {dim} is not divisible by n_heads {n_heads}: change n_heads or dim, or set "
-            "head_dim"
-        )
-    kv_heads = n_heads if n_kv_heads is None else n_kv_heads
-    if n_heads % kv_heads:
-        raise ToolmemError(
-            f"n_heads {n_heads} is not divisible by n_kv_heads {kv_heads}: change n_kv_heads"
-        )
-    return kv_heads, dim // n_heads if head_dim is None else head_dim
 
 
 def rotary_width(head_dim: int, position: str, fraction: float = 1.0) -> int:
@@ -215,6 +263,24 @@ def rotary_width(head_dim: int, position: str, fraction: float = 1.0) -> int:
             "(dim / n_heads) even, or choose another position"
         )
     return max(2, 2 * round(head_dim * fraction / 2))
+
+
+def latent_rope_width(head_dim: int, position: str, rope_dim: int | None) -> int:
+    """Width of the part of latent attention's queries and keys that carries positions.
+
+    Raises:
+        ToolmemError: for a width that does not go with ``position``.
+    """
+    if rope_dim is None:
+        rope_dim = max(2, head_dim // 4 * 2)
+    if position != "rope":
+        return rotary_width(head_dim, position)
+    if rope_dim < 2 or rope_dim % 2:
+        raise ToolmemError(
+            f"mla_rope_dim is {rope_dim}: it must be even and 2 or more (position: none has no "
+            "positions)"
+        )
+    return rope_dim
 
 
 def window_pattern(window: int | Sequence[int], n_layers: int) -> list[int]:

@@ -19,6 +19,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -29,6 +30,7 @@ from toolmem.data.batch import Batch
 from toolmem.errors import ToolmemError
 from toolmem.models import LanguageModel
 from toolmem.models.context import Extras
+from toolmem.models.flex import KernelChoice
 from toolmem.training import compatibility
 from toolmem.training.metrics import (
     NamedMeans,
@@ -54,6 +56,10 @@ class LanguageModelModule(pl.LightningModule):
         schedule: of its learning rate (``toolmem.training.Cosine``, ``WSD``, ...).
         compile: compile the model's body for training, once for all lengths; takes some tens of
             seconds at the first step, so it pays in long runs only.
+        z_loss: weight of the squared log of the softmax's denominator at each loss-bearing token
+            (PaLM's 1e-4, arXiv 2204.02311), which keeps logits from drifting; 0 for none.
+        attention_kernel: what runs masked attention over whole rows: ``sdpa``, ``flex``
+            (FlexAttention), or by device and length (``auto``).
     """
 
     def __init__(
@@ -62,8 +68,14 @@ class LanguageModelModule(pl.LightningModule):
         optimizer: OptimizerConfig,
         schedule: Schedule,
         compile: bool = False,
+        z_loss: float = 0.0,
+        attention_kernel: KernelChoice = "auto",
     ) -> None:
         super().__init__()
+        if z_loss < 0:
+            raise ToolmemError(f"model.z_loss is {z_loss}: it must be 0 (off) or more")
+        self.z_loss = z_loss
+        model.attention_kernel = attention_kernel
         self.model = model
         self.optimizer_config = optimizer
         self.schedule = schedule
@@ -102,9 +114,18 @@ class LanguageModelModule(pl.LightningModule):
         self, batch: Batch, hidden: Callable[..., Tensor], extras: Extras | None = None
     ) -> Tensor:
         """Cross-entropy of each loss-bearing token in reading order, in nats, float32 or wider."""
-        states = hidden(
-            batch.tokens, documents=batch.documents, spans=batch.spans, extras=extras
-        ).flatten(0, 1)
+        states = hidden(batch.tokens, documents=batch.documents, spans=batch.spans, extras=extras)
+        if extras is not None and self.model.multi_token is not None:
+            self.model.multi_token.add_losses(
+                self.model,
+                extras,
+                states,
+                batch.tokens,
+                batch.targets,
+                batch.loss_mask,
+                batch.documents,
+            )
+        states = states.flatten(0, 1)
         targets = batch.targets.flatten()
         positions = batch.positions()
         if positions.numel() < targets.numel():
@@ -112,6 +133,9 @@ class LanguageModelModule(pl.LightningModule):
         logits = self.model.logits(states)
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
+        if extras is not None and self.z_loss:
+            squares = logits.logsumexp(dim=-1).square()
+            extras.add_loss("train/z_loss", self.z_loss * squares.sum() / max(len(squares), 1))
         return F.cross_entropy(logits, targets, reduction="none")
 
     # ---- training
@@ -299,6 +323,12 @@ class LanguageModelModule(pl.LightningModule):
         compatibility.check(about, self._about(), path, training=fitting)
         if not fitting:
             return
+        averaging = any(isinstance(c, WeightAveraging) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
+        if "current_model_state" in checkpoint and not averaging:
+            raise ToolmemError(
+                f"{path} holds averaged weights: keep the callback toolmem.training.EMA in "
+                "trainer.callbacks to go on from it"
+            )
         if "metrics" not in about:
             raise ToolmemError(f"{path} holds weights only: training cannot go on from it")
         rank = self.trainer.global_rank

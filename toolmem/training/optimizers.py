@@ -9,10 +9,27 @@ matrices    two or more dimensions, inside the model's stack of blocks  yes
 tables      embeddings (a tied head is its embedding)                   ``decay_embeddings``
 the rest    an untied head yes; norms, biases, vectors, short filters   only the head
 ==========  ==========================================================  ==================
+
+Under muP (``toolmem.models.mup``) learning rates depend on the width too, r times the base's:
+
+=====================================  =============================================
+AdamW (arXiv 2203.03466, table 3)      1 / r where the inputs grow, else 1
+Muon, ``adjust_lr: original``          1 where both sizes grow
+Muon, ``adjust_lr: match_rms_adamw``   1 / sqrt(r) where both sizes grow
+=====================================  =============================================
+
+Muon's follow from the spectral condition (arXiv 2310.17813): an update's spectral norm shall go as
+sqrt(outputs / inputs). An orthogonal update has the norm 1 at every width, which is right as it is;
+``match_rms_adamw`` multiplies it by the root of the larger size, which has to be undone. Weight decay
+is independent of all this: what a step takes off a weight, rate * decay, is the same at every width,
+so the group's ``weight_decay`` is divided by what its rate is multiplied with. Rates transfer over
+widths only with that (arXiv 2510.19093).
 """
 
 from __future__ import annotations
 
+import math
+import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,7 +38,8 @@ import torch
 from torch import nn
 
 from toolmem.errors import ToolmemError
-from toolmem.training.muon import AdjustRate, MuonAdamW
+from toolmem.models.mup import adamw_scales, width_ratios
+from toolmem.training.muon import AdjustRate, MuonAdamW, rate_ratio
 
 
 @dataclass(frozen=True)
@@ -34,6 +52,7 @@ class OptimizerConfig(ABC):
         betas: AdamW's decay rates of its two averages.
         eps: AdamW's, added to the root of the second average.
         decay_embeddings: let embedding tables decay too.
+        no_decay: regular expressions; what matches one anywhere in its name does not decay.
     """
 
     lr: float
@@ -41,6 +60,7 @@ class OptimizerConfig(ABC):
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     decay_embeddings: bool = False
+    no_decay: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
@@ -53,6 +73,13 @@ class OptimizerConfig(ABC):
             raise ToolmemError(
                 f"model.optimizer: betas are {list(self.betas)}: each must be at least 0, below 1"
             )
+        for pattern in self.no_decay:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ToolmemError(
+                    f"model.optimizer: no_decay: {pattern!r} is no regular expression: {error}"
+                ) from error
         momentum = getattr(self, "momentum", 0.0)
         if not 0 <= momentum < 1:
             raise ToolmemError(
@@ -63,18 +90,58 @@ class OptimizerConfig(ABC):
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimizer of ``model``'s trainable parameters, every one in exactly one group."""
 
-    def adamw_groups(self, parameters: dict[str, nn.Parameter], tables: set[int]) -> list[dict]:
-        """``parameters`` in at most two groups: those that decay, and those that do not."""
-        decaying: list[nn.Parameter] = []
-        still: list[nn.Parameter] = []
-        for parameter in parameters.values():
-            decays = self.decay_embeddings if id(parameter) in tables else parameter.ndim >= 2
-            (decaying if decays else still).append(parameter)
-        groups = [
-            {"params": decaying, "weight_decay": self.weight_decay},
-            {"params": still, "weight_decay": 0.0},
+    def exempt(self, name: str) -> bool:
+        """Is this parameter kept from decaying by name?"""
+        return any(re.search(pattern, name) for pattern in self.no_decay)
+
+    def adamw_groups(
+        self,
+        parameters: dict[str, nn.Parameter],
+        tables: set[int],
+        lr: float,
+        scales: dict[str, float],
+    ) -> list[dict[str, Any]]:
+        """``parameters`` in groups of one learning rate that decay or do not."""
+
+        def decays(name: str) -> bool:
+            parameter = parameters[name]
+            if self.exempt(name):
+                return False
+            return self.decay_embeddings if id(parameter) in tables else parameter.ndim >= 2
+
+        return [
+            group
+            for decaying in (True, False)
+            for group in self.groups_by_scale(
+                {name: p for name, p in parameters.items() if decays(name) == decaying},
+                lr,
+                self.weight_decay if decaying else 0.0,
+                scales,
+            )
         ]
-        return [group for group in groups if group["params"]]
+
+    def groups_by_scale(
+        self,
+        parameters: dict[str, nn.Parameter],
+        lr: float,
+        weight_decay: float,
+        scales: dict[str, float],
+    ) -> list[dict[str, Any]]:
+        """``parameters`` in one group for each learning rate.
+
+        Args:
+            parameters: by name.
+            lr: of a parameter whose scale is 1.
+            weight_decay: of such a one; rate * decay is the same for all.
+            scales: what the rate is multiplied with, by name; 1 for those left out.
+        """
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in parameters.items():
+            groups.setdefault(scales.get(name, 1.0), []).append(parameter)
+        return [
+            {"params": members, "lr": lr * scale, "weight_decay": weight_decay / scale}
+            for scale, members in groups.items()
+        ]
 
 
 @dataclass(frozen=True)
@@ -87,6 +154,7 @@ class AdamW(OptimizerConfig):
         betas: decay rates of the two averages.
         eps: added to the root of the second average.
         decay_embeddings: let embedding tables decay too.
+        no_decay: regular expressions; what matches one anywhere in its name does not decay.
     """
 
     lr: float = 3e-3
@@ -94,8 +162,10 @@ class AdamW(OptimizerConfig):
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """AdamW over ``model``'s trainable parameters."""
         parameters = trainable(model)
+        tables = embedding_tables(model)
+        groups = self.adamw_groups(parameters, tables, self.lr, adamw_scales(model))
         optimizer = torch.optim.AdamW(
-            self.adamw_groups(parameters, embedding_tables(model)),
+            groups,
             lr=self.lr,
             betas=self.betas,
             eps=self.eps,
@@ -117,6 +187,7 @@ class Muon(OptimizerConfig):
         betas: AdamW's decay rates.
         eps: AdamW's.
         decay_embeddings: let embedding tables decay too.
+        no_decay: regular expressions; what matches one anywhere in its name does not decay.
         adamw_lr: the highest learning rate of AdamW's parameters; ``lr`` when None.
         momentum: Muon's.
         nesterov: Muon's momentum looks ahead.
@@ -154,13 +225,19 @@ class Muon(OptimizerConfig):
             )
             (matrices if is_matrix else others)[name] = parameter
         adamw_lr = self.lr if self.adamw_lr is None else self.adamw_lr
-        groups = [
-            {"kind": "adamw", "lr": adamw_lr, **group}
-            for group in self.adamw_groups(others, tables)
+        muons = [
+            group
+            for exempt, decay in ((False, self.weight_decay), (True, 0.0))
+            for group in self.groups_by_scale(
+                {name: p for name, p in matrices.items() if self.exempt(name) == exempt},
+                self.lr,
+                decay,
+                muon_scales(model, self.adjust_lr),
+            )
         ]
-        if matrices:
-            group = {"params": list(matrices.values()), "weight_decay": self.weight_decay}
-            groups.insert(0, {"kind": "muon", "lr": self.lr, **group})
+        rest = self.adamw_groups(others, tables, adamw_lr, adamw_scales(model))
+        groups = [{"kind": "muon", **group} for group in muons]
+        groups += [{"kind": "adamw", **group} for group in rest]
         return MuonAdamW(
             groups,
             self.lr,
@@ -205,6 +282,23 @@ def block_parameters(model: nn.Module) -> set[int]:
         if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential)
         for parameter in module.parameters()
     }
+
+
+def muon_scales(model: nn.Module, adjust: AdjustRate) -> dict[str, float]:
+    """What Muon's learning rate is multiplied with under muP, by matrix; none without muP.
+
+    The norm that an update should have, against the norm that ``rate_ratio`` gives it, both relative
+    to the same matrix at the base width.
+    """
+    scales = {}
+    for name, ratios in width_ratios(model).items():
+        outputs, inputs = model.get_parameter(name).shape[-2:]
+        given = rate_ratio((outputs, inputs), adjust) / rate_ratio(
+            (outputs / ratios.outputs, inputs / ratios.inputs), adjust
+        )
+        # rounded, so that equal scales make one group
+        scales[name] = round(math.sqrt(ratios.outputs / ratios.inputs) / given, 12)
+    return scales
 
 
 def can_fuse(parameters: dict[str, nn.Parameter]) -> bool:

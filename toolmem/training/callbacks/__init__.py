@@ -5,7 +5,10 @@ from toolmem._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "BatchSizeWarmup": "toolmem.training.callbacks.batch_size",
+        "EMA": "toolmem.training.callbacks.ema",
         "Checkpointing": "toolmem.training.callbacks.checkpointing",
+        "Flops": "toolmem.training.callbacks.flops",
         "Progress": "toolmem.training.callbacks.progress",
         "RecallProbe": "toolmem.training.callbacks.recall",
         "Throughput": "toolmem.training.callbacks.throughput",

@@ -17,6 +17,7 @@ from toolmem import console
 from toolmem.errors import ToolmemError
 from toolmem.files import write_text
 from toolmem.tools import open_toolbox
+from toolmem.training.callbacks.ema import averaged_weights
 from toolmem.training.callbacks.throughput import not_training
 from toolmem.training.module import LanguageModelModule
 
@@ -124,7 +125,7 @@ class RecallProbe(pl.Callback):
         metrics: dict[str, float] = {}
         samples: list[dict[str, Any]] = []
         for split, questions in self._questions.items():
-            with undisturbed(module.model):
+            with undisturbed(module.model), averaged_weights(trainer, module):
                 result = measure_recall(
                     module.model,
                     tokenizer,
