@@ -168,7 +168,7 @@ class Attention(HeadMixing):
         bias: biases in both projections.
         window: how many tokens back a token looks, itself included (arXiv 2004.05150); 0 for all.
         rope: turn queries and keys by their positions, where the model has rotary positions. A head
-            wider than the model's rotary tables turns its first numbers only (arXiv 2204.02311).
+            wider than the model's rotary tables turns its first numbers only (arXiv 2204.06745).
         value_residual: mix the first layer's values into this layer's (arXiv 2410.17897), by two
             learned weights that start at one half.
         softcap: bound attention's logits to (-softcap, softcap) by a tanh (arXiv 2408.00118); 0 for

@@ -20,10 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from toolmem.errors import ToolmemError
-from toolmem.models.attention import HeadMixing, rotate
+from toolmem.models.attention import HeadMixing, head_sizes, rotate
 from toolmem.models.cache import LaneState
 from toolmem.models.context import Context
 from toolmem.models.layers import RMSNorm, ShortConvolution
+
+
+def rope_width(head_dim: int, rope_dim: int | None) -> int:
+    """``rope_dim``, or DeepSeek-V2's choice when None: half a head, made even."""
+    return max(2, head_dim // 4 * 2) if rope_dim is None else rope_dim
 
 
 class LatentCache(LaneState):
@@ -65,9 +70,11 @@ class LatentAttention(HeadMixing):
     Args:
         dim: width of the residual stream.
         n_heads: heads.
-        head_dim: width of a head's value, and of the part of its query and key without position.
-        kv_rank: width of the latent that keys and values are made of.
-        rope_dim: width of the part with position; the model's rotary tables must be as wide.
+        head_dim: width of a head's value, and of the part of its query and key without position;
+            dim / n_heads when None.
+        kv_rank: width of the latent that keys and values are made of; 4 * head_dim when None.
+        rope_dim: width of the part with position; half of head_dim when None. The model's rotary
+            tables must be as wide.
         q_rank: width of the latent that queries are made of; 0 makes them of the stream itself.
         norm_eps: epsilon of the latents' norms.
         conv_width: taps of a short convolution on latents and queries (Canon B of arXiv 2512.17351);
@@ -85,9 +92,9 @@ class LatentAttention(HeadMixing):
         self,
         dim: int,
         n_heads: int,
-        head_dim: int,
-        kv_rank: int,
-        rope_dim: int,
+        head_dim: int | None = None,
+        kv_rank: int | None = None,
+        rope_dim: int | None = None,
         q_rank: int = 0,
         norm_eps: float = 1e-5,
         conv_width: int = 0,
@@ -96,17 +103,22 @@ class LatentAttention(HeadMixing):
         rope: bool = True,
         softcap: float = 0.0,
     ) -> None:
+        _, head_dim = head_sizes(dim, n_heads, None, head_dim)
+        kv_rank = 4 * head_dim if kv_rank is None else kv_rank
+        rope_dim = rope_width(head_dim, rope_dim)
         if kv_rank < 1 or q_rank < 0:
             raise ToolmemError(
-                f"mla_kv_rank is {kv_rank}, mla_q_rank {q_rank}: give 1 or more, and 0 or more"
+                f"latent attention: kv_rank is {kv_rank}, q_rank {q_rank}: give 1 or more, and 0 (no "
+                "latent of queries) or more"
             )
         if rope_dim < 0 or rope_dim % 2:
-            raise ToolmemError(f"mla_rope_dim is {rope_dim}: it must be even, or 0")
+            raise ToolmemError(f"latent attention: rope_dim is {rope_dim}: it must be even, or 0")
         super().__init__(1 / math.sqrt(head_dim + rope_dim), softcap)
         self.n_heads = n_heads
         self.head_dim = head_dim
         self.kv_rank = kv_rank
         self.rope_dim = rope_dim
+        self.rotary_dim = rope_dim if rope else 0
         self.window = window
         self.rope = rope
         query_width = n_heads * (head_dim + rope_dim)

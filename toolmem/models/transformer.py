@@ -15,7 +15,7 @@ from toolmem.errors import ToolmemError
 from toolmem.models.attention import Attention, head_sizes
 from toolmem.models.language_model import LanguageModel
 from toolmem.models.layers import Block, FeedForward, FeedForwardKind, NormKind, make_norm
-from toolmem.models.mla import LatentAttention
+from toolmem.models.mla import LatentAttention, rope_width
 from toolmem.models.multi_token import MultiToken, MultiTokenForm
 
 
@@ -34,7 +34,7 @@ class Transformer(LanguageModel):
         norm: ``rms`` or ``layer``.
         position: ``rope``, ``learned`` or ``none``.
         rope_base: RoPE's base.
-        rope_fraction: share of each head that RoPE turns (partial RoPE, arXiv 2204.02311).
+        rope_fraction: share of each head that RoPE turns (partial RoPE, arXiv 2204.06745).
         nope_every: leave every so-manieth layer without rotary positions (SmolLM3's NoPE layers,
             arXiv 2501.18795); 0 for none.
         qk_norm: RMS-normalise query and key heads.
@@ -124,7 +124,9 @@ class Transformer(LanguageModel):
         )
         kv_heads, width = head_sizes(dim, n_heads, n_kv_heads, head_dim)
         if attention == "mla":
-            rotary_dim = latent_rope_width(width, position, mla_rope_dim)
+            rotary_dim = rope_width(width, mla_rope_dim) if rotary_width(2, position) else 0
+            if position == "rope" and not rotary_dim:
+                raise ToolmemError("mla_rope_dim is 0: leave positions out by position: none")
             for name, wanted in {
                 "n_kv_heads": n_kv_heads is not None,
                 "qk_norm": qk_norm,
@@ -165,8 +167,8 @@ class Transformer(LanguageModel):
                 return LatentAttention(
                     dim,
                     n_heads,
-                    width,
-                    4 * width if mla_kv_rank is None else mla_kv_rank,
+                    head_dim,
+                    mla_kv_rank,
                     rotary_dim,
                     mla_q_rank,
                     norm_eps,
@@ -263,24 +265,6 @@ def rotary_width(head_dim: int, position: str, fraction: float = 1.0) -> int:
             "(dim / n_heads) even, or choose another position"
         )
     return max(2, 2 * round(head_dim * fraction / 2))
-
-
-def latent_rope_width(head_dim: int, position: str, rope_dim: int | None) -> int:
-    """Width of the part of latent attention's queries and keys that carries positions.
-
-    Raises:
-        ToolmemError: for a width that does not go with ``position``.
-    """
-    if rope_dim is None:
-        rope_dim = max(2, head_dim // 4 * 2)
-    if position != "rope":
-        return rotary_width(head_dim, position)
-    if rope_dim < 2 or rope_dim % 2:
-        raise ToolmemError(
-            f"mla_rope_dim is {rope_dim}: it must be even and 2 or more (position: none has no "
-            "positions)"
-        )
-    return rope_dim
 
 
 def window_pattern(window: int | Sequence[int], n_layers: int) -> list[int]:
