@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from toolmem.models import ssd
+from toolmem.models.flop_formulas import formula_of
 from toolmem.models.ssd import ssd_scan, ssd_sequential
 
 
@@ -94,3 +97,19 @@ def test_it_is_a_well_behaved_operator():
     for optional in ((None, None), (starts, initial)):
         operator = torch.ops.toolmem.ssd_scan.default
         torch.library.opcheck(operator, (*inputs(2, 20, 4, 3, 2, 5), *optional, 8))
+
+
+def test_flops_are_those_of_the_products_that_are_run():
+    """The operator's formula gives what torch counts for the products that it is made of."""
+    tensors = [tensor.detach() for tensor in inputs(3, 21, 4, 3, 2, 5)]
+    with FlopCounterMode(display=False) as counter:
+        y, last, edges = ssd._ssd_scan._init_fn(*tensors, None, None, 8)
+    forward = formula_of(torch.ops.toolmem.ssd_scan)
+    assert (
+        forward(*tensors, None, None, 8, out_val=(y, last, edges)) == counter.get_total_flops() > 0
+    )
+    with FlopCounterMode(display=False) as counter:
+        grads = ssd._ssd_scan_backward._init_fn(y, last, *tensors, None, edges, 8)
+    backward = formula_of(torch.ops.toolmem.ssd_scan_backward)
+    counted = backward(y, last, *tensors, None, edges, 8, out_val=grads)
+    assert counted == counter.get_total_flops() > 0

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from toolmem.models.flops import register_flops
+
 
 def ssd_sequential(
     x: Tensor,
@@ -109,7 +111,7 @@ class _Chunk:
         self.decays = decays.masked_fill_(~allowed, float("-inf")).exp_()
         # (b, t, h, 1): from the chunk's start to each token, and from each to the chunk's end
         self.since_start, self.until_end = since_start[..., None], until_end[..., None]
-        self.whole = whole[:, :, None, None]  # (b, h, 1, 1)
+        self.whole = whole.view(self.b, self.g, 1, -1, 1)  # as heads of a wide state
         self.scores = self.C @ self.B.transpose(2, 3)  # (b, g, t, t)
         self.x = x * dt[..., None]  # (b, t, h, p): what is taken in
 
@@ -122,6 +124,11 @@ class _Chunk:
         """(b, t, h, p) to (b, g, t, w)."""
         return x.reshape(self.b, self.t, self.g, -1).transpose(1, 2)
 
+    def next_state(self, state: Tensor, new: Tensor) -> Tensor:
+        """``state`` handed over the whole chunk, and ``new`` added; both (b, g, n, w)."""
+        heads = [_heads(tensor, self.h) for tensor in (new, state)]
+        return torch.addcmul(heads[0], heads[1], self.whole).flatten(3)
+
     def narrow(self, x: Tensor) -> Tensor:
         """(b, g, t, w) to (b, t, h, p)."""
         return x.transpose(1, 2).reshape(self.b, self.t, self.h, self.p)
@@ -129,14 +136,17 @@ class _Chunk:
 
 def _wide_state(state: Tensor, g: int) -> Tensor:
     """(b, h, n, p) to (b, g, n, w)."""
-    b, h, n, p = state.shape
-    return state.view(b, g, h // g, n, p).transpose(2, 3).reshape(b, g, n, -1)
+    return state.unflatten(1, (g, -1)).transpose(2, 3).flatten(3)
 
 
 def _narrow_state(state: Tensor, h: int) -> Tensor:
     """(b, g, n, w) to (b, h, n, p)."""
-    b, g, n, w = state.shape
-    return state.view(b, g, n, h // g, w * g // h).transpose(2, 3).reshape(b, h, n, -1)
+    return _heads(state, h).transpose(2, 3).flatten(1, 2)
+
+
+def _heads(state: Tensor, h: int) -> Tensor:
+    """(b, g, n, w) seen as (b, g, n, h / g, p)."""
+    return state.unflatten(3, (h // state.shape[1], -1))
 
 
 def _empty_like(tensor: Tensor) -> Tensor:
@@ -158,21 +168,22 @@ def _ssd_scan(
     initial: Tensor | None,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The output, the last state, and the states at chunks' starts (chunks, b, h, n, p)."""
+    """The output, the last state, and the states at chunks' starts (chunks, b, g, n, w)."""
     with torch.autocast(x.device.type, enabled=False):
         (b, s, h, p), (g, n) = x.shape, B.shape[2:]
+        w = h // g * p
         y = x.new_empty(b, s, h, p)
-        edges = x.new_empty((s + chunk_size - 1) // chunk_size, b, h, n, p)
-        state = x.new_zeros(b, h, n, p) if initial is None else initial.clone()
+        edges = x.new_empty((s + chunk_size - 1) // chunk_size, b, g, n, w)
+        state = x.new_zeros(b, g, n, w) if initial is None else _wide_state(initial, g)
         for index, part in enumerate(_chunks(s, chunk_size)):
             edges[index] = state
             chunk = _Chunk(part, x, dt, A, B, C, starts)
             within = chunk.weights() @ chunk.x.transpose(1, 2)
-            before = chunk.narrow(chunk.C @ _wide_state(state, g))
+            before = chunk.narrow(chunk.C @ state)
             y[:, part] = torch.addcmul(within.transpose(1, 2), before, chunk.since_start)
             new = chunk.B.transpose(2, 3) @ chunk.wide(chunk.x * chunk.until_end)
-            state = torch.addcmul(_narrow_state(new, h), state, chunk.whole)
-        return y, state, edges
+            state = chunk.next_state(state, new)
+        return y, _narrow_state(state, h).clone(memory_format=torch.contiguous_format), edges
 
 
 @_ssd_scan.register_fake
@@ -186,8 +197,8 @@ def _ssd_scan_shapes(
     initial: Tensor | None,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (b, s, h, p), n = x.shape, B.shape[3]
-    edges = x.new_empty((s + chunk_size - 1) // chunk_size, b, h, n, p)
+    (b, s, h, p), (g, n) = x.shape, B.shape[2:]
+    edges = x.new_empty((s + chunk_size - 1) // chunk_size, b, g, n, h // g * p)
     return x.new_empty(b, s, h, p), x.new_empty(b, h, n, p), edges
 
 
@@ -209,13 +220,12 @@ def _ssd_scan_backward(
         h, g = x.shape[2], B.shape[2]
         grad_x, grad_dt, grad_B, grad_C = (_empty_like(tensor) for tensor in (x, dt, B, C))
         grad_A = torch.zeros_like(A)
-        grad_state = grad_last
+        grad_state = _wide_state(grad_last, g)
         parts = _chunks(x.shape[1], chunk_size)
         for index in reversed(range(len(parts))):
             part = parts[index]
             chunk = _Chunk(part, x, dt, A, B, C, starts)
             state, dy = edges[index], grad_y[:, part]
-            wide_state, wide_grad_state = _wide_state(state, g), _wide_state(grad_state, g)
             by_group = (chunk.b, g, h // g, chunk.t, chunk.t)
             # Through the tokens of the chunk.
             dy_by_head = dy.transpose(1, 2)
@@ -229,19 +239,19 @@ def _ssd_scan_backward(
             # Through the state before it.
             dy_decayed = dy * chunk.since_start
             wide_dy = chunk.wide(dy_decayed)
-            before = chunk.narrow(chunk.C @ wide_state)
-            grad_C_chunk += wide_dy @ wide_state.transpose(2, 3)
+            before = chunk.narrow(chunk.C @ state)
+            grad_C_chunk += wide_dy @ state.transpose(2, 3)
             # Through the state after it.
             taken = chunk.x * chunk.until_end
-            grad_after = chunk.narrow(chunk.B @ wide_grad_state) * chunk.until_end
-            grad_B_chunk += chunk.wide(taken) @ wide_grad_state.transpose(2, 3)
+            grad_after = chunk.narrow(chunk.B @ grad_state) * chunk.until_end
+            grad_B_chunk += chunk.wide(taken) @ grad_state.transpose(2, 3)
             grad_taken = grad_taken + grad_after
             # A token's exponent counts in every decay that passes over it: from a token before it to
             # itself or a later one, from the chunk's start, to the chunk's end, and over the whole.
             from_start = (dy_decayed * before).sum(-1)
             to_end = (chunk.x * grad_after).sum(-1)
-            over = (grad_state * state).sum((2, 3))[:, None] * chunk.whole[:, None, :, 0, 0]
-            grad_exponent = from_start.flip(1).cumsum(1).flip(1) + over
+            over = _heads(grad_state * state, h).sum((2, 4)) * chunk.whole[:, :, 0, :, 0]
+            grad_exponent = from_start.flip(1).cumsum(1).flip(1) + over.flatten(1)[:, None]
             # By the token before: sums over what each later token takes from this one or earlier.
             passing = exponents.cumsum(dim=-1).tril_(-1).sum(2).transpose(1, 2)
             grad_exponent[:, 1:] += (passing + to_end.cumsum(1))[:, :-1]
@@ -252,9 +262,9 @@ def _ssd_scan_backward(
             grad_x[:, part] = grad_taken * dt[:, part, :, None]
             grad_dt[:, part] = (grad_taken * x[:, part]).sum(-1).addcmul_(grad_exponent, A)
             grad_A += (grad_exponent * dt[:, part]).sum((0, 1))
-            new = _narrow_state(chunk.C.transpose(2, 3) @ wide_dy, h)
-            grad_state = torch.addcmul(new, grad_state, chunk.whole)
-        return grad_x, grad_dt, grad_A, grad_B, grad_C, grad_state.contiguous()
+            grad_state = chunk.next_state(grad_state, chunk.C.transpose(2, 3) @ wide_dy)
+        grad_initial = _narrow_state(grad_state, h).clone(memory_format=torch.contiguous_format)
+        return grad_x, grad_dt, grad_A, grad_B, grad_C, grad_initial
 
 
 @_ssd_scan_backward.register_fake
@@ -263,6 +273,7 @@ def _ssd_scan_backward_shapes(grad_y: Tensor, grad_last: Tensor, *rest: Any) -> 
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # the edges have none, and zeros for them would be large
     *tensors, initial, chunk_size = inputs
     ctx.save_for_backward(*tensors, output[2])
     ctx.has_initial, ctx.chunk_size = initial is not None, chunk_size
@@ -274,12 +285,37 @@ def _backward(
     *tensors, edges = ctx.saved_tensors
     x = tensors[0]
     grad_y = torch.zeros_like(x) if grad_y is None else grad_y
-    grad_last = torch.zeros_like(edges[0]) if grad_last is None else grad_last
+    grad_last = (
+        _narrow_state(torch.zeros_like(edges[0]), x.shape[2]) if grad_last is None else grad_last
+    )
     *grads, grad_initial = _ssd_scan_backward(grad_y, grad_last, *tensors, edges, ctx.chunk_size)
     return *grads, None, grad_initial if ctx.has_initial else None, None
 
 
 _ssd_scan.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _products(x: Tensor, B: Tensor, chunk_size: int, scores: int, means: int, states: int) -> int:
+    """FLOPs of matrix products: of C with B and their like, of weights with values, and with states."""
+    (b, s, h, p), (g, n) = x.shape, B.shape[2:]
+    lengths = [part.stop - part.start for part in _chunks(s, chunk_size)]
+    pairs = sum(length * length for length in lengths)
+    return 2 * b * (pairs * (scores * g * n + means * h * p) + states * s * h * n * p)
+
+
+def _scan_flops(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *rest: Any, **_: Any
+) -> int:
+    return _products(x, B, rest[-1], scores=1, means=1, states=2)
+
+
+def _scan_backward_flops(grad_y: Tensor, grad_last: Tensor, *inputs: Any, **_: Any) -> int:
+    x, _, _, B, *rest = inputs
+    return _products(x, B, rest[-1], scores=3, means=2, states=5)
+
+
+register_flops(_scan_flops)(torch.ops.toolmem.ssd_scan)
+register_flops(_scan_backward_flops)(torch.ops.toolmem.ssd_scan_backward)
 
 
 def ssd_scan(

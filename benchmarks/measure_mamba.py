@@ -1,0 +1,200 @@
+"""How fast the Mambas train beside transformers' own, and whether decoding stays flat, on one core.
+
+    python benchmarks/measure_mamba.py [--quick] [--json FILE]
+
+- *speed-up over transformers*: seconds of a training step (forward, cross-entropy, backward) of
+  transformers' `MambaForCausalLM` and `Mamba2ForCausalLM` over ours, at dim 256 and rows of 1,024
+  tokens, same sizes, same tokens, float32, the two sides taking turns. Both are on torch's operations
+  alone: the CUDA kernels are installed for neither. transformers' Mamba-1 loops over tokens, and its
+  backward pass makes a gradient as large as all states for each of them, so that it grows with the
+  square of the length; with `--quick` its rows are 256 tokens long, where the ratio is smaller. Its
+  Mamba-2 is timed with its default chunks of 256 tokens and with our 64, and the faster counts.
+- *decode flatness*: seconds a token of decoding after 10,000 tokens over those after 100.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+import torch.nn.functional as F
+import transformers
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from toolmem.models import LanguageModel
+from toolmem.models.mamba import Mamba
+from toolmem.models.mamba2 import Mamba2
+from toolmem.training.folders import processor_name
+
+VOCAB, DIM, LENGTH = 260, 256, 1024
+TARGETS = {
+    "mamba1_speedup_over_transformers": "≥ 5",
+    "mamba2_speedup_over_transformers": "≥ 1.2",
+    "mamba1_decode_flatness": "≤ 1.15",
+    "mamba2_decode_flatness": "≤ 1.15",
+}
+
+
+def ours(kind: type[LanguageModel], layers: int, length: int = LENGTH) -> LanguageModel:
+    """Our model, sizes as by default."""
+    torch.manual_seed(0)
+    return kind(VOCAB, DIM, layers, max_seq_len=length, tie_embeddings=True)
+
+
+def theirs(kind: type[LanguageModel], layers: int, chunk_size: int = 256) -> nn.Module:
+    """Transformers' model of the same sizes."""
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": DIM,
+        "num_hidden_layers": layers,
+        "use_cache": False,
+        "tie_word_embeddings": True,
+    }
+    if kind is Mamba:
+        return transformers.MambaForCausalLM(transformers.MambaConfig(**sizes))
+    return transformers.Mamba2ForCausalLM(
+        transformers.Mamba2Config(
+            **sizes, head_dim=64, num_heads=8, n_groups=1, state_size=128, chunk_size=chunk_size
+        )
+    )
+
+
+def training_step(model: nn.Module, tokens: Tensor) -> Callable[[], float]:
+    """A step that returns its seconds."""
+
+    def step() -> float:
+        model.zero_grad()
+        began = time.perf_counter()
+        output = model(tokens[:, :-1])
+        logits = output if isinstance(output, Tensor) else output.logits
+        F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        return time.perf_counter() - began
+
+    return step
+
+
+def speedup(
+    kind: type[LanguageModel], layers: int, batch: int, length: int, rounds: int
+) -> dict[str, Any]:
+    """Theirs over ours, in turns; the fastest of their settings counts."""
+    tokens = torch.randint(VOCAB, (batch, length + 1), generator=torch.Generator().manual_seed(0))
+    mine = ours(kind, layers)
+    others = [theirs(kind, layers, chunk) for chunk in ((256, 64) if kind is Mamba2 else (0,))]
+    parameters = {sum(p.numel() for p in model.parameters()) for model in (mine, *others)}
+    assert len(parameters) == 1, f"models of different sizes: {parameters}"
+    step, steps = training_step(mine, tokens), [training_step(model, tokens) for model in others]
+    step()
+    if kind is Mamba2:
+        for other in steps:
+            other()
+    times = [([other() for other in steps], min(step(), step())) for _ in range(rounds)]
+    return {
+        "layers": layers,
+        "batch": batch,
+        "length": length,
+        "rounds": rounds,
+        "ours_s": statistics.median(b for _, b in times),
+        "theirs_s": statistics.median(min(a) for a, _ in times),
+        "speedup": statistics.median(min(a) / b for a, b in times),
+    }
+
+
+@torch.no_grad()
+def decode_flatness(kind: type[LanguageModel], tokens: int, rounds: int) -> dict[str, float]:
+    """Seconds a token after 100 tokens and after 10,000, in turns."""
+    model = ours(kind, 2, length=20_000).eval()
+    generator = torch.Generator().manual_seed(0)
+    caches = {}
+    for length in (100, 10_000):
+        caches[length] = model.new_cache(1, 20_000)
+        for part in torch.randint(VOCAB, (1, length), generator=generator).split(1000, dim=1):
+            model.hidden(part, cache=caches[length])
+    one = torch.zeros(1, 1, dtype=torch.int64)
+    times: dict[int, list[float]] = {length: [] for length in caches}
+    for _ in range(rounds):
+        for length, cache in caches.items():
+            began = time.perf_counter()
+            for _ in range(tokens):
+                model(one, cache=cache)
+            times[length].append((time.perf_counter() - began) / tokens)
+    # The fastest round of each: whatever else the machine does can only add to a time.
+    near, far = (min(seconds) for seconds in times.values())
+    return {
+        "ms_per_token_after_100": 1e3 * near,
+        "ms_per_token_after_10000": 1e3 * far,
+        "flatness": far / near,
+        "cache_bytes": model.new_cache(1, 10_000).size_in_bytes(),
+    }
+
+
+def measure(quick: bool) -> dict[str, Any]:
+    """Everything, as plain data."""
+    transformers.logging.set_verbosity_error()
+    details: dict[str, Any] = {
+        "mamba1": speedup(Mamba, 1, 1, 256 if quick else LENGTH, 2 if quick else 1),
+        "mamba2": speedup(Mamba2, 2, 2, LENGTH, 2 if quick else 7),
+        "mamba1_decode": decode_flatness(Mamba, 20 if quick else 100, 5),
+        "mamba2_decode": decode_flatness(Mamba2, 20 if quick else 100, 5),
+    }
+    circumstances = {
+        "processor": processor_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "dim": DIM,
+    }
+    return {
+        "mamba1_speedup_over_transformers": details["mamba1"]["speedup"],
+        "mamba2_speedup_over_transformers": details["mamba2"]["speedup"],
+        "mamba1_decode_flatness": details["mamba1_decode"]["flatness"],
+        "mamba2_decode_flatness": details["mamba2_decode"]["flatness"],
+        "details": details,
+        "circumstances": circumstances,
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    """Two tables: the figures, and what they are made of."""
+    console = Console()
+    about = result["circumstances"]
+    title = (
+        f"{about['processor']}, {about['threads']} thread, float32, dim {DIM}, torch "
+        f"{about['torch']}, transformers {about['transformers']}"
+    )
+    table = Table("figure", "measured", "target", title=title)
+    for name, target in TARGETS.items():
+        table.add_row(name, f"{result[name]:.2f}", target)
+    console.print(table)
+    table = Table("part", "value", "measured")
+    for part, values in result["details"].items():
+        for name, value in values.items():
+            table.add_row(part, name, f"{value:,.3f}" if isinstance(value, float) else f"{value:,}")
+    console.print(table)
+
+
+def main() -> None:
+    """Measure, print, and write if asked to."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="rough figures within 40 seconds")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    result = measure(options.quick)
+    show(result)
+    if options.json:
+        Path(options.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
