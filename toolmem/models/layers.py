@@ -130,6 +130,29 @@ class ShortConvolution(nn.Module):
         return y, joined.gather(1, index[:, :, None].expand(-1, -1, self.channels))
 
 
+def check_feed_forward_kind(kind: str) -> None:
+    """Raise ``ToolmemError`` for a feed-forward that there is not."""
+    if kind not in ("swiglu", "silu", "gelu", "relu2"):
+        raise ToolmemError(f"feed_forward: unknown {kind!r}; choose swiglu, silu, gelu or relu2")
+
+
+def activate(x: Tensor, kind: str) -> Tensor:
+    """What stands between a feed-forward's two projections; ``swiglu`` halves the last dimension.
+
+    Args:
+        x: (..., hidden), or (..., 2 hidden) for ``swiglu``: the gate, then the value.
+        kind: ``swiglu``, ``silu``, ``gelu`` or ``relu2``.
+    """
+    if kind == "swiglu":
+        gate, value = x.chunk(2, dim=-1)
+        return F.silu(gate) * value
+    if kind == "silu":
+        return F.silu(x)
+    if kind == "gelu":
+        return F.gelu(x)
+    return F.relu(x).square()
+
+
 class FeedForward(nn.Module):
     """Two-layer perceptron on each token.
 
@@ -146,27 +169,14 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, kind: str = "swiglu", bias: bool = False) -> None:
         super().__init__()
-        if kind not in ("swiglu", "silu", "gelu", "relu2"):
-            raise ToolmemError(
-                f"feed_forward: unknown {kind!r}; choose swiglu, silu, gelu or relu2"
-            )
+        check_feed_forward_kind(kind)
         self.kind = kind
         self.up = nn.Linear(dim, hidden_dim * (2 if kind == "swiglu" else 1), bias=bias)
         self.down = nn.Linear(hidden_dim, dim, bias=bias)
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """(b, s, dim) to (b, s, dim); each token by itself, so that nothing of the context is asked."""
-        x = self.up(x)
-        if self.kind == "swiglu":
-            gate, value = x.chunk(2, dim=-1)
-            x = F.silu(gate) * value
-        elif self.kind == "silu":
-            x = F.silu(x)
-        elif self.kind == "gelu":
-            x = F.gelu(x)
-        else:
-            x = F.relu(x).square()
-        return self.down(x)
+        return self.down(activate(self.up(x), self.kind))
 
 
 class Mixer(Protocol):
@@ -231,7 +241,12 @@ class Block(nn.Module):
             return make_norm(norm, dim, norm_eps, bias) if wanted else None
 
         def new_conv(wanted: bool = True) -> ShortConvolution | None:
-            return ShortConvolution(dim, residual_conv) if residual_conv and wanted else None
+            if not (residual_conv and wanted):
+                return None
+            conv = ShortConvolution(dim, residual_conv)
+            # elsewhere a convolution is counted with the mixer that it belongs to
+            conv.parameter_group = "convolution"  # type: ignore[assignment]
+            return conv
 
         self.mixer_norm = make_norm(norm, dim, norm_eps, bias)
         self.mixer_conv = new_conv()

@@ -1,0 +1,231 @@
+"""Architectures compared: what each costs, and facts with every one of them.
+
+    python benchmarks/architectures.py [--quick] [--json FILE]
+    python benchmarks/architectures.py --facts RUNS [--workers 2] [--json FILE]
+
+Without ``--facts``: the figures of ``measure_moe.py``, ``measure_mamba.py``, ``measure_rnn.py`` and
+``measure_norms.py``, one after another on one core.
+
+With ``--facts``: trains every facts recipe (``recipes/facts_in_weight*.yaml``, ``facts_in_tool*.yaml``)
+as it stands, same facts and same budget of steps, as ``toolmem fit`` does; asks 512 questions of known
+and of unseen people; and prints one row each. Runs live under RUNS and are taken up where they were
+killed; a finished run is not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+PARTS = ("measure_moe", "measure_mamba", "measure_rnn", "measure_norms")
+REACHED = 0.95
+EVERY = 250  # steps between two rounds of questions
+LANES, DECODED = 64, 64
+
+COLUMNS = {
+    "recipe": "recipe",
+    "parameters": "parameters",
+    "recall_known": "recall, known",
+    "recall_unseen": "unseen",
+    "steps_to_0.95": "steps to 0.95",
+    "seconds_to_0.95": "seconds to 0.95",
+    "bits_per_parameter": "bits / parameter",
+    "flops_per_token": "FLOPs / token",
+    "cache_bytes_per_token": "cache bytes / token",
+    "state_bytes": "state bytes",
+    "decode_tokens_per_s": "decode tokens/s",
+}
+
+
+def measure(quick: bool) -> dict[str, Any]:
+    """The figures of every part."""
+    result: dict[str, Any] = {}
+    for name in PARTS:
+        result |= import_module(name).measure(quick)
+    return result
+
+
+def train(recipe: Path, runs: Path) -> Path:
+    """Run ``toolmem fit`` on a recipe, one thread; the run's folder."""
+    folder = runs / recipe.stem
+    if not (folder / "finished").exists():
+        command = [sys.executable, "-m", "toolmem", "fit", "--config", str(recipe)]
+        command += ["--runs", str(runs), "--name", recipe.stem]
+        command += ["--recall.every_n_steps", str(EVERY), "--recall.show", "false"]
+        command += ["--trainer.enable_progress_bar", "false"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{recipe.name}: {done.stderr.strip()[-800:]}")
+        (folder / "finished").write_text("")
+    return folder
+
+
+def first_reached(folder: Path) -> tuple[int | None, float | None]:
+    """Steps, and seconds of training, until recall was first REACHED; None where it never was."""
+    tokens_before, seconds = 0.0, 0.0
+    with (folder / "metrics.csv").open(encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            speed, tokens = row.get("throughput/tokens_per_s"), row.get("train/tokens")
+            if speed and tokens:
+                seconds += (float(tokens) - tokens_before) / float(speed)
+                tokens_before = float(tokens)
+            recall = row.get("recall/exact_match")
+            if recall and float(recall) >= REACHED:
+                return int(row["step"]), seconds
+    return None, None
+
+
+def decode_speed(run: Any) -> float:
+    """Tokens a second of greedy decoding, LANES dialogues at once, after a short prompt."""
+    import torch
+
+    model = run.model
+    with torch.no_grad():
+        for _ in range(2):  # once to warm up
+            cache = model.new_cache(LANES, 32 + DECODED)
+            token = torch.randint(model.vocab_size, (LANES, 32))
+            start = time.perf_counter()
+            for _ in range(DECODED):
+                hidden = model.hidden(token, cache=cache)[:, -1:]
+                token = model.logits(hidden).argmax(-1)
+            seconds = time.perf_counter() - start
+    return LANES * DECODED / seconds
+
+
+def row_of(recipe: Path, folder: Path) -> dict[str, Any]:
+    """Everything that the table says of one run."""
+    import toolmem
+    from toolmem.data import FactsDataModule
+    from toolmem.data.information import information_bits
+    from toolmem.evaluation.recall import measure_recall
+
+    run = toolmem.load(folder)
+    recall = {
+        split: measure_recall(
+            run.model, run.tokenizer, run.questions(split, 512), toolbox=run.toolbox
+        )
+        for split in ("known", "unseen")
+    }
+    scores = {split: result.exact_match for split, result in recall.items()}
+    facts = run.checkpoint.data["factbase"]
+    population = FactsDataModule(
+        people=facts["people"], seed=facts["seed"], alpha=facts["alpha"]
+    ).population
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "inspect.json"
+        subprocess.run(
+            [sys.executable, "-m", "toolmem", "inspect", "--config", str(recipe), "--json", str(out)],
+            check=True,
+            capture_output=True,
+        )
+        figures = json.loads(out.read_text(encoding="utf-8"))
+    steps, seconds = first_reached(folder)
+    model = run.model
+    in_weight = run.checkpoint.data["setting"] == "in_weight"
+    known = scores["known"]
+    return {
+        "recipe": recipe.stem,
+        "parameters": figures["params_total"],
+        "parameters_active": figures["params_active"],
+        "recall_known": known,
+        "recall_unseen": scores["unseen"],
+        "steps_to_0.95": steps,
+        "seconds_to_0.95": seconds,
+        # what was recalled, as a share of all that there is to know; a tool's facts are not stored
+        "bits_per_parameter": known * information_bits(population).facts / figures["params_total"]
+        if in_weight
+        else None,
+        "flops_per_token": figures["flops_training_per_token"],
+        "cache_bytes_per_token": figures["cache_bytes_per_token"],
+        "state_bytes": model.new_cache(1, 1).size_in_bytes(),
+        "decode_tokens_per_s": decode_speed(run),
+    }
+
+
+def facts_table(runs: Path, workers: int) -> list[dict[str, Any]]:
+    """Train all recipes, then measure them one after another."""
+    recipes = sorted(RECIPES.glob("facts_in_*.yaml"))
+    with Progress() as progress, ThreadPoolExecutor(workers) as pool:
+        task = progress.add_task("training", total=len(recipes))
+
+        def one(recipe: Path) -> Path:
+            folder = train(recipe, runs)
+            progress.advance(task)
+            return folder
+
+        folders = list(pool.map(one, recipes))
+    return [row_of(recipe, folder) for recipe, folder in zip(recipes, folders, strict=True)]
+
+
+def show_facts(rows: list[dict[str, Any]]) -> None:
+    """The table, one row a run."""
+    table = Table(title="Facts with every architecture", caption=circumstances())
+    for name in COLUMNS.values():
+        table.add_column(name, justify="left" if name == "recipe" else "right")
+    for row in rows:
+        table.add_row(*[cell(row[key]) for key in COLUMNS])
+    Console().print(table)
+
+
+def cell(value: Any) -> str:
+    """A number as people read it."""
+    if value is None:
+        return "–"
+    if isinstance(value, float) and value < 100:
+        return f"{value:.3f}"
+    return f"{value:,.0f}" if isinstance(value, int | float) else str(value)
+
+
+def circumstances() -> str:
+    """Machine, threads, version."""
+    import torch
+
+    from toolmem.training.folders import processor_name
+
+    return f"{processor_name()}, {os.cpu_count()} cores, one thread a run, torch {torch.__version__}"
+
+
+def main() -> None:
+    """Measure, print, and write if asked to."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="rough figures")
+    parser.add_argument("--facts", metavar="RUNS", type=Path, help="train every facts recipe")
+    parser.add_argument("--workers", type=int, default=2, help="runs at once (default 2)")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there")
+    options = parser.parse_args()
+    if options.facts:
+        rows = facts_table(options.facts, options.workers)
+        show_facts(rows)
+        result: dict[str, Any] = {"facts": rows, "circumstances": circumstances()}
+    else:
+        result = measure(options.quick)
+        table = Table(title="Architectures", caption=circumstances())
+        table.add_column("figure")
+        table.add_column("measured", justify="right")
+        for key, value in result.items():
+            table.add_row(key, cell(value))
+        Console().print(table)
+    if options.json:
+        Path(options.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
