@@ -132,7 +132,16 @@ def row_of(recipe: Path, folder: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "inspect.json"
         subprocess.run(
-            [sys.executable, "-m", "toolmem", "inspect", "--config", str(recipe), "--json", str(out)],
+            [
+                sys.executable,
+                "-m",
+                "toolmem",
+                "inspect",
+                "--config",
+                str(recipe),
+                "--json",
+                str(out),
+            ],
             check=True,
             capture_output=True,
         )
@@ -200,7 +209,9 @@ def circumstances() -> str:
 
     from toolmem.training.folders import processor_name
 
-    return f"{processor_name()}, {os.cpu_count()} cores, one thread a run, torch {torch.__version__}"
+    return (
+        f"{processor_name()}, {os.cpu_count()} cores, one thread a run, torch {torch.__version__}"
+    )
 
 
 def main() -> None:

@@ -1,17 +1,22 @@
-"""Draws the concept pictures: one dialogue of each setting, token by token, as SVG.
+"""Draws the concept pictures as SVG: one dialogue of each setting token by token, and attention's masks.
 
-    python docs/make_figures.py            writes docs/assets/dialogue_*.svg
+    python docs/make_figures.py            writes docs/assets/dialogue_*.svg and masks.svg
 
-The tokens, roles and loss are those of the library's own encoder, so the pictures cannot drift from it.
+The tokens, roles, loss and masks are the library's own, so the pictures cannot drift from it.
 """
 
 from __future__ import annotations
 
 from html import escape
+from itertools import groupby
 from pathlib import Path
 
+import torch
+
 from toolmem.data import ByteTokenizer, TemplateSet, encode_dialogue, make_population
+from toolmem.data.text.dialog_tokens import foreign_spans
 from toolmem.files import write_text
+from toolmem.models.masks import attention_mask, causal_mask
 
 ASSETS = Path(__file__).parent / "assets"
 ASSISTANT = 2
@@ -85,10 +90,120 @@ def draw(setting: str) -> str:
     )
 
 
+SIDE, GAP, AXIS, TOP = 330, 44, 84, 92  # of the masks' panels, in pixels
+
+
+def dialogue_roles(setting: str, numbers: range) -> list[torch.Tensor]:
+    """Role codes of the tokens that a model is given of some dialogues; the last is only a target."""
+    questions = TemplateSet.load(setting).questions(make_population(4))
+    return [
+        torch.as_tensor(encode_dialogue(questions.dialogue(i), ByteTokenizer())[1][:-1])
+        for i in numbers
+    ]
+
+
+def masks() -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+    """(title, role codes (n,), mask (n, n) bool) of each panel."""
+    [roles] = dialogue_roles("in_tool", range(1))
+    n = len(roles)
+    spans = foreign_spans(roles[None].numpy())
+    prefix = attention_mask(torch.arange(n), spans=spans)
+    several = dialogue_roles("in_weight", range(3))
+    documents = torch.repeat_interleave(
+        torch.arange(3), torch.tensor([len(part) for part in several])
+    )
+    packed = attention_mask(torch.arange(len(documents)), documents=documents[None])
+    return [
+        ("causal: an in-tool dialogue", roles, causal_mask(n)),
+        ("packed: three in-weight dialogues", torch.cat(several), packed[0, 0]),
+        ("prefix: the in-tool dialogue", roles, prefix[0, 0]),
+    ]
+
+
+def panel(title: str, roles: torch.Tensor, mask: torch.Tensor, left: float) -> list[str]:
+    """One mask: a row for each token that looks, a column for each token that is looked at."""
+    n = len(roles)
+    cell = SIDE / n
+    shapes = [
+        f'<text x="{left}" y="{TOP - 34}" font-size="13" font-weight="bold" fill="#222">'
+        f"{escape(title)}</text>",
+        f'<rect x="{left}" y="{TOP}" width="{SIDE}" height="{SIDE}" fill="#f4f5f7"/>',
+    ]
+    paths: dict[str, list[str]] = {"#8496a9": []} | {colour: [] for colour in COLOURS.values()}
+    index = torch.arange(n)
+    ahead = mask & (index[:, None] < index)
+    for part, colour_of in (
+        (mask & ~ahead, lambda row: "#8496a9"),
+        (ahead, lambda row: COLOURS[row]),
+    ):
+        for row in range(n):
+            place = 0
+            for seen, run in groupby(part[row].tolist()):
+                length = len(list(run))
+                if seen:
+                    paths[colour_of(int(roles[row]))].append(
+                        f"M{left + place * cell:.1f} {TOP + row * cell:.1f}h{length * cell:.1f}"
+                        f"v{cell:.2f}h{-length * cell:.1f}z"
+                    )
+                place += length
+    shapes += [f'<path fill="{c}" d="{"".join(d)}"/>' for c, d in paths.items() if d]
+    place = 0
+    for role, run in groupby(roles.tolist()):
+        length = len(list(run))
+        at, wide, colour = place * cell, length * cell, COLOURS[role]
+        shapes += [
+            f'<rect x="{left + at:.1f}" y="{TOP - 9}" width="{wide:.1f}" height="6" fill="{colour}"/>',
+            f'<rect x="{left - 9}" y="{TOP + at:.1f}" width="6" height="{wide:.1f}" fill="{colour}"/>',
+        ]
+        if wide > 34:
+            shapes.append(
+                f'<text x="{left + at + wide / 2:.1f}" y="{TOP - 14}" font-size="11" '
+                f'text-anchor="middle" fill="{colour}">{NAMES[role]}</text>'
+            )
+        if wide > 14:
+            shapes.append(
+                f'<text x="{left - 13}" y="{TOP + at + wide / 2 + 4:.1f}" font-size="11" '
+                f'text-anchor="end" fill="{colour}">{NAMES[role]}</text>'
+            )
+        place += length
+    return shapes
+
+
+def draw_masks() -> str:
+    """The picture of the masks."""
+    shapes: list[str] = []
+    panels = masks()
+    for number, (title, roles, mask) in enumerate(panels):
+        shapes += panel(title, roles, mask, AXIS + number * (SIDE + GAP + AXIS))
+    width = len(panels) * (SIDE + GAP + AXIS)
+    height = TOP + SIDE + 16
+    title = "Which token (row) looks at which (column)"
+    legend = (
+        f'<text x="{MARGIN}" y="20" font-size="14" font-weight="bold" fill="#222">{title}</text>'
+        f'<rect x="{MARGIN}" y="29" width="10" height="10" fill="#8496a9"/>'
+        f'<text x="{MARGIN + 15}" y="38" font-size="12" fill="#444">itself and back</text>'
+    )
+    for number, role in enumerate((1, 3)):
+        at = MARGIN + 140 + 215 * number
+        legend += (
+            f'<rect x="{at}" y="29" width="10" height="10" fill="{COLOURS[role]}"/>'
+            f'<text x="{at + 15}" y="38" font-size="12" fill="#444">ahead, within the {NAMES[role]}\'s</text>'
+        )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
+        f'height="{height}" role="img" font-family="ui-monospace, Menlo, Consolas, monospace">\n'
+        f"<title>{title}</title>\n"
+        f'<rect width="{width}" height="{height}" rx="6" fill="#ffffff"/>\n'
+        + "\n".join([legend, *shapes])
+        + "\n</svg>\n"
+    )
+
+
 def main() -> None:
-    """Write both pictures."""
+    """Write all pictures."""
     for setting in ("in_weight", "in_tool"):
         write_text(ASSETS / f"dialogue_{setting}.svg", draw(setting))
+    write_text(ASSETS / "masks.svg", draw_masks())
 
 
 if __name__ == "__main__":

@@ -31,6 +31,14 @@ SMOLLM = [
 CUT = {
     "facts_in_weight": FACTS,
     "facts_in_tool": FACTS,
+    "facts_in_weight_mamba2": FACTS,
+    "facts_in_tool_mamba2": FACTS,
+    **{
+        f"facts_in_{setting}_{name}": [*FACTS, "--model.model.n_layers", layers]
+        for name, layers in (("moe", "1"), ("mingru", "1"), ("griffin", "3"))
+        for setting in ("weight", "tool")
+    },
+    "facts_in_tool_jamba": [*FACTS, "--model.model.n_layers", "4"],
     "shakespeare": [*TEXT, "--trainer.precision", "32-true"],
     "smollm": SMOLLM,
     "smollm_debug": [*SMOLLM, "--model.model.n_heads", "4"],

@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "toolmem.cli.evaluate",
         "recall of a trained model, with exact counts and intervals",
     ),
+    "inspect": ("toolmem.cli.inspect", "parameters, FLOPs and memory of a recipe's model"),
     "facts": ("toolmem.cli.facts", "build a factbase, or show one"),
     "tool": ("toolmem.cli.tool", "try a tool by hand"),
     "tokenizer": ("toolmem.cli.tokenizer", "train a BPE tokenizer"),

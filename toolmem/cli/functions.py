@@ -63,8 +63,7 @@ def call(
     except ArgumentError as error:
         raise ToolmemError(f"{plain(error)}\n`{prog} --help` shows the options") from error
     values = parser.instantiate_classes(config).as_dict()
-    values.pop("config", None)
-    return function(**values)
+    return function(**{name: values[name] for name in parameters})
 
 
 def choose(

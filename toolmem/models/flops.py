@@ -226,6 +226,11 @@ class FlopCounter(TorchDispatchMode):
         self.tally = Tally()
         self.groups = ["other"]  # of the modules around, the innermost last
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: to leave this alone torch would import its compiler first, for seconds."""
+        return False
+
     def __enter__(self) -> FlopCounter:
         global _counting
         self._outer, _counting = _counting, self

@@ -10,7 +10,7 @@
 | `orthogonal`    | orthogonal, 1 / fan_in  | that / branches  | as `scaled`            | as matrices |
 | `small_init`    | 2 / (5 dim)             | as matrices      | as matrices            | as matrices |
 | `zero_residual` | 1 / fan_in              | 0                | as `scaled`            | 1 / dim     |
-| `mup`           | 1 / fan_in, and see     | that / branches  | `scaled` of base width | base / dim² |
+| `mup`           | 1 / fan_in, and see     | that / branches  | `scaled` of base width | 0           |
 
 Entries are variances of a distribution around 0 that is normal unless said otherwise. Matrices are
 all linear maps, stacks of experts' slice by slice. A branch ends in the matrix that writes to the
@@ -199,22 +199,23 @@ def zero_residual(model: LanguageModel) -> None:
 
 
 def mup(model: LanguageModel) -> None:
-    """muP, the maximal update parametrisation (arXiv 2203.03466): ``scaled`` at the base width.
+    """muP, the maximal update parametrisation (arXiv 2203.03466): as ``scaled`` at the base width.
 
     With r = dim / mup_base_dim:
 
-    | parameters                              | variance              |
-    |-----------------------------------------|-----------------------|
-    | matrices of two sizes that grow         | 1 / fan_in            |
-    | of which the inputs alone grow          | 1 / (r fan_in)        |
-    | of which the outputs alone grow         | 1 / fan_in            |
-    | ends of branches                        | 1 / (fan_in branches) |
-    | head                                    | 1 / (r dim)           |
-    | embedding                               | 1, or 1 / base if tied|
-    | positions                               | 1 / base              |
+    | parameters                      | variance                       |
+    |---------------------------------|--------------------------------|
+    | matrices of which both sizes    | 1 / fan_in                     |
+    | or the outputs alone grow       |                                |
+    | ... of which the inputs alone   | 1 / (r fan_in)                 |
+    | ends of branches                | 1 / (fan_in branches)          |
+    | queries, untied head            | 0 (appendix D.2)               |
+    | embedding                       | 1, or 1 / mup_base_dim if tied |
+    | positions                       | 1 / mup_base_dim               |
 
-    A table that is multiplied by sqrt(dim) (``embedding_scale``) is divided by sqrt(r). Learning
-    rates and multipliers: ``toolmem.models.mup``.
+    A table that is multiplied by sqrt(dim) (``embedding_scale``) has 1 / r of that. Queries and head
+    start at 0 because random ones would give logits that shrink with the width, and what the first
+    steps do would depend on it. Learning rates and multipliers: ``toolmem.models.mup``.
     """
     base, ratios = mup_rules.base_width(model), mup_rules.width_ratios(model)
 
@@ -225,6 +226,10 @@ def mup(model: LanguageModel) -> None:
     _maps_and_tables(model, base, draw)
     if model.scale != 1.0:
         model.embedding.weight.mul_(math.sqrt(base / model.dim))
+    if not model.tie_embeddings:
+        nn.init.zeros_(model.head.weight)
+    for queries in mup_rules.queries(model):
+        nn.init.zeros_(queries)
     _shrink_residual_outputs(model)
 
 

@@ -108,6 +108,11 @@ def seen_pairs(lengths: Tensor, window: int = 0) -> int:
     return int(pairs.sum())
 
 
+def full_row(window: int, seq: int) -> int:
+    """The pairs of one row that is full."""
+    return seen_pairs(torch.tensor([seq]), window)
+
+
 def run_lengths(ids: Tensor) -> Tensor:
     """How many tokens of each row share each id of 0 and up.
 
@@ -142,10 +147,13 @@ class ModelFlops:
     Args:
         model: on any device, the meta device included. Its parameters' ``requires_grad`` decides what
             the backward pass computes.
+        run: run it for real; for a small model that is quicker than to get torch to reckon shapes,
+            the first time.
     """
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: LanguageModel, run: bool = False) -> None:
         self.model = model
+        self.run = run
         self._head: Work | None = None
         self._unknown: dict[str, int] = {}
         self._counted: dict[tuple[bool, bool, int, int], BodyCount] = {}
@@ -230,13 +238,19 @@ class ModelFlops:
 
     def _pass(self, call: Call) -> Tally:
         with left_alone(self.model):
-            try:
-                with shapes_only(self.model):
-                    tally = _counted(self.model, call, real=False)
-            except RuntimeError:  # it wants to see numbers
+            tally = None if self.run else self._by_shapes(call)
+            if tally is None:
                 tally = _counted(self.model, call, real=True)
         self._unknown.update(tally.unknown)
         return tally
+
+    def _by_shapes(self, call: Call) -> Tally | None:
+        """None when the model wants to see numbers."""
+        try:
+            with shapes_only(self.model):
+                return _counted(self.model, call, real=False)
+        except RuntimeError:
+            return None
 
 
 @dataclass

@@ -11,11 +11,11 @@ the number of experts that a router scores, the size of a state.
 | matrices, inputs alone grow       | 1 / r                | 1 / (r fan_in)  |                       |
 | matrices, outputs alone grow      | 1                    | 1 / fan_in      |                       |
 | embeddings, vectors, filters      | 1                    | as at the base  |                       |
-| an untied head                    | 1 / r                | 1 / (r dim)     |                       |
+| an untied head                    | 1 / r                | 0               |                       |
 | a tied head                       | 1, as the embedding  | as at the base  | 1 / r, of the logits  |
-| attention                         |                      |                 | 4 / head_dim          |
+| attention                         |                      | queries 0       | 4 / head_dim          |
 
-It is table 3 of the paper, and for a tied head table 8. With ``embedding_scale`` a table is multiplied
+It is table 3 of the paper, and for a tied head table 8; the zeros are of its appendix D.2. With ``embedding_scale`` a table is multiplied
 by sqrt(dim), so its variance is divided by r, its rate and a tied head's multiplier by sqrt(r).
 Attention's logits are divided by head_dim and not by its root, since trained queries and keys are
 aligned; the 4 makes it the usual scale for heads of 16. At r = 1 everything but that is `scaled`.
@@ -29,10 +29,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from toolmem.errors import ToolmemError
-from toolmem.models.attention import HeadMixing
+from toolmem.models.attention import Attention, HeadMixing
 from toolmem.models.linear_maps import linear_maps
 
 if TYPE_CHECKING:
@@ -79,6 +79,15 @@ def parametrize(model: LanguageModel) -> None:
             module.scale = ATTENTION_GAIN * module.scale**2
 
 
+def queries(model: LanguageModel) -> list[Tensor]:
+    """The rows of projections that make attention's queries."""
+    return [
+        module.qkv.weight[: module.n_heads * module.head_dim]
+        for module in model.modules()
+        if isinstance(module, Attention)
+    ]
+
+
 def width_ratios(model: nn.Module) -> dict[str, Ratios]:
     """How each linear map's sizes have grown from the base width; empty for a model without muP.
 
@@ -116,6 +125,6 @@ def _fixed(model: nn.Module, attribute: str) -> set[str]:
 def adamw_scales(model: nn.Module) -> dict[str, float]:
     """What AdamW's learning rate is multiplied with, by parameter; 1 for those left out."""
     scales = {name: 1 / ratios.inputs for name, ratios in width_ratios(model).items()}
-    if scales and model.scale != 1.0:  # type: ignore[union-attr]
-        scales["embedding.weight"] = math.sqrt(model.mup_base_dim / model.dim)  # type: ignore[operator]
+    if scales and model.scale != 1.0:
+        scales["embedding.weight"] = math.sqrt(base_width(model) / model.dim)  # type: ignore[arg-type, operator]
     return scales

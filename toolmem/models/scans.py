@@ -128,6 +128,11 @@ class _Scratch:
         return [flat[: rows * length * n * d].view(rows, length, n, d) for flat in self.buffers]
 
 
+# Where decays end: exp(-80) is 2e-35, as good as 0. Below, torch's exp takes 2 to 20 times as long (at
+# -95, where results are denormal, 22 ns a number, not 1; at -inf 2.3).
+LOWEST_EXPONENT = -80.0
+
+
 def _decays(
     out: Tensor,
     dt: Tensor,
@@ -136,9 +141,9 @@ def _decays(
 ) -> None:
     """exp(dt A), (b, t, n, d), into ``out``; 0 where the state is to be forgotten."""
     torch.mul(dt[:, :, None], A, out=out)
-    out.exp_()
+    out.clamp_(min=LOWEST_EXPONENT).exp_()
     if starts is not None:
-        out.masked_fill_(starts[:, :, None, None], 0.0)
+        out *= ~starts[:, :, None, None]
 
 
 def _row_times(row: Tensor, matrix: Tensor) -> Tensor:

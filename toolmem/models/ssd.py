@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from toolmem.models.flops import register_flops
+from toolmem.models.scans import LOWEST_EXPONENT
 
 
 def ssd_sequential(
@@ -94,21 +95,19 @@ class _Chunk:
         self.B, self.C = B.transpose(1, 2), C.transpose(1, 2)  # (b, g, t, n)
         # In float64: differences of long sums are wanted, exact where they are small.
         sums = torch.cumsum((dt * A).double(), dim=1)
-        by_head = sums.transpose(1, 2)
-        allowed = torch.ones(self.t, self.t, dtype=torch.bool, device=x.device).tril()
         since_start = sums.exp().to(x.dtype)
         until_end = (sums[:, -1:] - sums).exp().to(x.dtype)
-        whole = since_start[:, -1]
+        # (b, h, t, t): from each token to each later one
+        self.decays = torch.empty(self.b, self.h, self.t, self.t, dtype=x.dtype, device=x.device)
+        by_head = sums.transpose(1, 2).contiguous()
+        torch.sub(by_head[..., :, None], by_head[..., None, :], out=self.decays)
+        self.decays.clamp_(LOWEST_EXPONENT, 0.0).exp_().tril_()
         if starts is not None:
             piece = starts[:, part].cumsum(dim=1)  # 0: goes on from the chunk before
-            allowed = allowed & (piece[:, None, :, None] == piece[:, None, None, :])
+            self.decays *= (piece[:, :, None] == piece[:, None, :])[:, None]
             since_start = since_start * (piece == 0)[..., None]
             until_end = until_end * (piece == piece[:, -1:])[..., None]
-            whole = since_start[:, -1]
-        # (b, h, t, t): from each token to each later one
-        decays = torch.empty(self.b, self.h, self.t, self.t, dtype=x.dtype, device=x.device)
-        torch.sub(by_head[..., :, None], by_head[..., None, :], out=decays)
-        self.decays = decays.masked_fill_(~allowed, float("-inf")).exp_()
+        whole = since_start[:, -1]
         # (b, t, h, 1): from the chunk's start to each token, and from each to the chunk's end
         self.since_start, self.until_end = since_start[..., None], until_end[..., None]
         self.whole = whole.view(self.b, self.g, 1, -1, 1)  # as heads of a wide state

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -69,7 +69,7 @@ def orthogonalize(
     return x.reshape(matrices.shape)
 
 
-def rate_ratio(shape: torch.Size, adjust: AdjustRate) -> float:
+def rate_ratio(shape: Sequence[float], adjust: AdjustRate) -> float:
     """What the learning rate is multiplied with for matrices of a shape.
 
     ``original``: sqrt(max(1, m / n)); ``match_rms_adamw``: 0.2 sqrt(max(m, n)), with which an

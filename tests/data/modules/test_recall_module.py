@@ -37,7 +37,9 @@ def test_resuming(num_workers, take):
         assert torch.equal(a.tokens, b.tokens) and torch.equal(a.targets, b.targets)
     other = make(n_pairs=5)
     other.load_state_dict(data.state_dict())
-    with pytest.raises(ToolmemError, match=r"data.init_args.n_pairs is 5, the checkpoint's run had 4"):
+    with pytest.raises(
+        ToolmemError, match=r"data.init_args.n_pairs is 5, the checkpoint's run had 4"
+    ):
         other.train_dataloader()
 
 
