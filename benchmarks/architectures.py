@@ -55,11 +55,14 @@ COLUMNS = {
 
 
 def measure(quick: bool) -> dict[str, Any]:
-    """The figures of every part."""
-    result: dict[str, Any] = {}
+    """The figures of every part, and what they are made of, by part."""
+    figures: dict[str, Any] = {}
+    details: dict[str, Any] = {}
     for name in PARTS:
-        result |= import_module(name).measure(quick)
-    return result
+        part = import_module(name).measure(quick)
+        figures |= {key: value for key, value in part.items() if isinstance(value, int | float)}
+        details[name.removeprefix("measure_")] = part
+    return figures | {"details": details}
 
 
 def train(recipe: Path, runs: Path) -> Path:
@@ -232,7 +235,8 @@ def main() -> None:
         table.add_column("figure")
         table.add_column("measured", justify="right")
         for key, value in result.items():
-            table.add_row(key, cell(value))
+            if key != "details":
+                table.add_row(key, cell(value))
         Console().print(table)
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

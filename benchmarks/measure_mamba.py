@@ -28,6 +28,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 import torch.nn.functional as F
 import transformers
+from decoding import ROOM, flatness
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -110,42 +111,14 @@ def speedup(
     }
 
 
-@torch.no_grad()
-def decode_flatness(kind: type[LanguageModel], tokens: int, rounds: int) -> dict[str, float]:
-    """Seconds a token after 100 tokens and after 10,000, in turns."""
-    model = ours(kind, 2, length=20_000).eval()
-    generator = torch.Generator().manual_seed(0)
-    caches = {}
-    for length in (100, 10_000):
-        caches[length] = model.new_cache(1, 20_000)
-        for part in torch.randint(VOCAB, (1, length), generator=generator).split(1000, dim=1):
-            model.hidden(part, cache=caches[length])
-    one = torch.zeros(1, 1, dtype=torch.int64)
-    times: dict[int, list[float]] = {length: [] for length in caches}
-    for _ in range(rounds):
-        for length, cache in caches.items():
-            began = time.perf_counter()
-            for _ in range(tokens):
-                model(one, cache=cache)
-            times[length].append((time.perf_counter() - began) / tokens)
-    # The fastest round of each: whatever else the machine does can only add to a time.
-    near, far = (min(seconds) for seconds in times.values())
-    return {
-        "ms_per_token_after_100": 1e3 * near,
-        "ms_per_token_after_10000": 1e3 * far,
-        "flatness": far / near,
-        "cache_bytes": model.new_cache(1, 10_000).size_in_bytes(),
-    }
-
-
 def measure(quick: bool) -> dict[str, Any]:
     """Everything, as plain data."""
     transformers.logging.set_verbosity_error()
     details: dict[str, Any] = {
         "mamba1": speedup(Mamba, 1, 1, 256 if quick else LENGTH, 2 if quick else 1),
         "mamba2": speedup(Mamba2, 2, 2, LENGTH, 2 if quick else 7),
-        "mamba1_decode": decode_flatness(Mamba, 20 if quick else 100, 5),
-        "mamba2_decode": decode_flatness(Mamba2, 20 if quick else 100, 5),
+        "mamba1_decode": flatness(ours(Mamba, 2, ROOM), 20 if quick else 100, 5),
+        "mamba2_decode": flatness(ours(Mamba2, 2, ROOM), 20 if quick else 100, 5),
     }
     circumstances = {
         "processor": processor_name(),

@@ -125,6 +125,7 @@ RECIPES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "unknown precision": ({"trainer__precision": "8-bit"}, ["trainer.precision", "bf16-mixed"]),
     "unknown accelerator": ({"trainer__accelerator": "abacus"}, ["accelerator", "abacus", "cpu"]),
     "no device": ({"trainer__devices": 0}, ["trainer", "devices"]),
+    "clipping below 0": ({"trainer__gradient_clip_val": -1}, ["trainer.gradient_clip_val is -1"]),
     "validation every -1": ({"trainer__val_check_interval": -1}, ["val_check_interval"]),
     "checkpoints every 0": ({"checkpointing__every_n_steps": 0}, ["checkpointing", "every_n_steps"]),
     "unknown mode": ({"checkpointing__mode": "best"}, ["checkpointing.mode", "min"]),

@@ -111,6 +111,12 @@ class ToolmemCLI(LightningCLI):
             raise ToolmemError(
                 "model.model.init_args.vocab_size is decided by the data (its tokenizer): leave it out"
             )
+        clip = settings.trainer.get("gradient_clip_val")
+        if clip is not None and clip < 0:
+            raise ToolmemError(
+                f"trainer.gradient_clip_val is {clip}: it is the largest gradient norm, 0 or more "
+                "(0 or null does not clip)"
+            )
         check_precision(settings.trainer.precision, settings.trainer.accelerator)
         # Settled here and kept in config.yaml, so that it reruns as it is. What depends on this very
         # call (the folder's path, the checkpoint) is handed to the trainer and not kept.
