@@ -25,6 +25,7 @@ from toolmem.training import (
     Checkpointing,
     CSVLogger,
     LanguageModelModule,
+    NormProbe,
     Progress,
     RecallProbe,
     Throughput,
@@ -92,6 +93,7 @@ class ToolmemCLI(LightningCLI):
         )  # fmt: skip
         parser.add_lightning_class_args(Checkpointing, "checkpointing")
         parser.add_lightning_class_args(RecallProbe, "recall")
+        parser.add_lightning_class_args(NormProbe, "norms")
         parser.link_arguments(
             "data.vocab_size", "model.model.init_args.vocab_size", apply_on="instantiate"
         )

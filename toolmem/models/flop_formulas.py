@@ -7,8 +7,8 @@ neither kind is not taken for free: the counter reports it by name.
 
 Torch has such a table (``torch.utils.flop_counter.flop_registry``), which is used where it is right.
 Added here is what it misses on torch 2.13: attention's kernel for CPUs, ``nn.LSTM`` and its kin, matmuls
-of small integers, products with vectors. Corrected is the gradient of a grouped convolution's filter,
-where torch counts every channel with every other.
+of small integers, products with vectors, triangular systems. Corrected is the gradient of a grouped
+convolution's filter, where torch counts every channel with every other.
 """
 
 from __future__ import annotations
@@ -139,6 +139,12 @@ def _convolution_backward(
     return once * (int(output_mask[0]) + int(output_mask[1]))
 
 
+def _triangular(a: Tensor, b: Tensor, *, upper: bool, left: bool = True, **kwargs: Any) -> int:
+    """Substitution: row i takes i earlier ones, and is divided by the diagonal unless that is 1."""
+    n = a.shape[-1]
+    return b.numel() * (n - 1 if kwargs.get("unitriangular") else n)
+
+
 def _rnn(tokens: int, weights: Sequence[Tensor]) -> int:
     return 2 * tokens * sum(weight.numel() for weight in weights if weight.ndim == 2)
 
@@ -199,6 +205,7 @@ FORMULAS: dict[Any, Formula] = _existing(
         "baddbmm_": _added_product,
         "addbmm": _added_product,
         "addbmm_": _added_product,
+        "linalg_solve_triangular": _triangular,
         "mv": _matrix_vector,
         "addmv": _added_matrix_vector,
         "addmv_": _added_matrix_vector,

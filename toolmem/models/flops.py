@@ -3,9 +3,10 @@
 Two figures are told apart:
 
 - **exact**: what the mathematics asks for. Padding costs nothing, attention is counted pair by pair of
-  tokens that may see each other (a causal row of n tokens has n (n + 1) / 2), nothing is computed twice.
+  tokens that may see each other (a causal row of n tokens has n (n + 1) / 2), a recurrence token by
+  token, nothing is computed twice.
 - **executed**: what the machine is given to do. Padding is multiplied like everything else, attention
-  over whole blocks, and its backward pass computes the scores again.
+  over whole blocks, a recurrence by chunks, and their backward passes compute the scores again.
 
 ``FlopCounter`` counts code that really runs, ``model_flops.py`` a model without running it. An
 architecture whose work is not all matmuls says so by ``register_flops``. The convention of what counts
@@ -17,10 +18,8 @@ Shapes: b batch, s seq, h heads.
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from fractions import Fraction
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -32,56 +31,14 @@ from toolmem.models.flop_formulas import (
     ATTENTION_BACKWARD,
     FORMULAS,
     attention_call,
-    causal_flash_pairs,
     formula_of,
     is_free,
 )
+from toolmem.models.flop_work import PairCount, PairWork, Tally, Work, attention_work
 
 T = TypeVar("T")
 
 _counting: FlopCounter | None = None  # the counter in force
-
-
-@dataclass(frozen=True)
-class Work:
-    """FLOPs of one call that no operation's formula sees, such as a scan's elementwise work.
-
-    Args:
-        forward: of the call.
-        backward: of its gradient; twice ``forward`` when None.
-    """
-
-    forward: int
-    backward: int | None = None
-
-    @property
-    def gradient(self) -> int:
-        """FLOPs of the backward pass."""
-        return 2 * self.forward if self.backward is None else self.backward
-
-
-@dataclass(frozen=True)
-class PairWork(Work):
-    """FLOPs for each pair of a token and one that it may see, over all heads: attention's.
-
-    Args:
-        forward: of one pair.
-        backward: of its gradient; twice ``forward`` when None.
-        window: how many tokens back a token sees, itself included; 0 for all.
-    """
-
-    window: int = 0
-
-
-def attention_work(queries: Tensor, values: Tensor, window: int = 0) -> PairWork:
-    """Attention's work: a query meets a key, and a value is weighed.
-
-    Args:
-        queries: (b, h, s, d).
-        values: (b, k, n, v).
-        window: how many tokens back a token sees, itself included; 0 for all.
-    """
-    return PairWork(2 * queries.shape[1] * (queries.shape[3] + values.shape[3]), window=window)
 
 
 def register_flops(formula: Callable[..., Work | int]) -> Callable[[T], T]:
@@ -89,7 +46,8 @@ def register_flops(formula: Callable[..., Work | int]) -> Callable[[T], T]:
 
     On a function, ``formula`` takes the same arguments and returns ``Work`` (or its ``forward``), which
     is *added* to what dispatch finds inside of it, or ``PairWork``, which *replaces* that in the exact
-    count (the function then returns one tensor). Where nothing counts, the function is called as it is.
+    count (the function then returns a tensor, or several of which a loss hangs on the first alone).
+    Where nothing counts, the function is called as it is.
 
     On an operation (``torch.ops.mylib.scan``), ``formula`` takes its arguments and the keyword
     ``out_val``, its result, and returns the FLOPs of one call. A backward pass that is an operation of
@@ -113,94 +71,6 @@ def register_flops(formula: Callable[..., Work | int]) -> Callable[[T], T]:
         return counted
 
     return register
-
-
-@dataclass(frozen=True)
-class PairCount:
-    """Work over pairs of tokens: attention of some layers alike.
-
-    Args:
-        group: ``parameter_group`` of the module around.
-        window: how many tokens back a token sees, itself included; 0 for all.
-        skips: the kernel passes over blocks that lie after the diagonal.
-        seq: tokens in a row.
-        forward: exact FLOPs of a pair.
-        backward: exact FLOPs of a pair's gradient.
-        executed_forward: what the machine was given to do, over all rows.
-        executed_backward: the same of the backward pass.
-    """
-
-    group: str
-    window: int
-    skips: bool
-    seq: int
-    forward: int = 0
-    backward: int = 0
-    executed_forward: int = 0
-    executed_backward: int = 0
-
-    @property
-    def executed(self) -> int:
-        """What the machine was given to do, forward and backward."""
-        return self.executed_forward + self.executed_backward
-
-    def plus(self, other: PairCount) -> PairCount:
-        """The work of both, alike in all else."""
-        return replace(
-            self,
-            forward=self.forward + other.forward,
-            backward=self.backward + other.backward,
-            executed_forward=self.executed_forward + other.executed_forward,
-            executed_backward=self.executed_backward + other.executed_backward,
-        )
-
-    def at(self, rows: Fraction, seq: int) -> PairCount:
-        """The same with ``rows`` times as many rows, of ``seq`` tokens each."""
-        share = rows * Fraction(self._computed(seq), self._computed(self.seq))
-        return replace(
-            self,
-            seq=seq,
-            executed_forward=int(self.executed_forward * share),
-            executed_backward=int(self.executed_backward * share),
-        )
-
-    def _computed(self, seq: int) -> int:
-        return causal_flash_pairs(seq, seq) if self.skips else seq * seq
-
-
-def merged(pairs: Iterable[PairCount]) -> list[PairCount]:
-    """Counts that are alike as one."""
-    found: dict[tuple[Any, ...], PairCount] = {}
-    for pair in pairs:
-        key = (pair.group, pair.window, pair.skips, pair.seq)
-        found[key] = found[key].plus(pair) if key in found else pair
-    return list(found.values())
-
-
-@dataclass
-class Tally:
-    """What was counted.
-
-    Args:
-        forward: FLOPs outside of a backward pass.
-        backward: FLOPs in one.
-        unknown: operations without a formula that are not known to be free: name -> calls.
-        groups: ``forward`` by ``parameter_group`` of the module around.
-        pairs: attention, where it is told apart; then it is not in the above.
-        skips: was there a kernel that passes over blocks?
-    """
-
-    forward: int = 0
-    backward: int = 0
-    unknown: Counter[str] = field(default_factory=Counter)
-    groups: Counter[str] = field(default_factory=Counter)
-    pairs: list[PairCount] = field(default_factory=list)
-    skips: bool = False
-
-    @property
-    def total(self) -> int:
-        """FLOPs forward and backward."""
-        return self.forward + self.backward
 
 
 class FlopCounter(TorchDispatchMode):
@@ -320,11 +190,11 @@ class FlopCounter(TorchDispatchMode):
 
     def _call_apart(
         self,
-        function: Callable[..., Tensor],
+        function: Callable[..., Any],
         work: PairWork,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> Tensor:
+    ) -> Any:
         """Count a function forward and backward by itself, and put a stand-in into the graph."""
         inputs = _tensors(args, kwargs)
         learns = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
@@ -335,10 +205,11 @@ class FlopCounter(TorchDispatchMode):
 
         outer, self.tally, self.apart = self.tally, Tally(unknown=self.tally.unknown), False
         try:
-            y = function(*map(leaf, args), **{name: leaf(value) for name, value in kwargs.items()})
+            found = function(*map(leaf, args), **{name: leaf(x) for name, x in kwargs.items()})
+            first, *others = found if isinstance(found, tuple) else (found,)
             if learns:
                 wanted = [x for x in leaves.values() if x.requires_grad]
-                torch.autograd.grad(y, wanted, torch.zeros_like(y), allow_unused=True)
+                torch.autograd.grad(first, wanted, torch.zeros_like(first), allow_unused=True)
         finally:
             inner, self.tally, self.apart = self.tally, outer, True
         self.tally.pairs.append(
@@ -346,14 +217,15 @@ class FlopCounter(TorchDispatchMode):
                 self.groups[-1],
                 work.window,
                 inner.skips,
-                inputs[0].shape[-2],
+                work.seq,
                 work.forward,
                 work.gradient if learns else 0,
                 inner.forward,
                 inner.backward,
             )
         )
-        return StandIn.apply(y.detach(), *inputs)
+        stand_in = StandIn.apply(first.detach(), *inputs)
+        return (stand_in, *(x.detach() for x in others)) if others else stand_in
 
 
 class StandIn(torch.autograd.Function):

@@ -15,7 +15,7 @@ Shapes: b batch, s seq, h heads, k head_dim of keys, v head_dim of values, c tok
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from toolmem.errors import ToolmemError
 from toolmem.models.cache import LaneState
 from toolmem.models.context import Context
+from toolmem.models.flop_work import PairWork, token_work
+from toolmem.models.flops import register_flops
 from toolmem.models.language_model import LanguageModel
 from toolmem.models.layers import (
     Block,
@@ -66,8 +68,22 @@ def sequential_memory(
     return torch.stack(outputs, dim=1), memory
 
 
+def _work(
+    queries: Tensor, keys: Tensor, values: Tensor, *_: Any, delta: bool, **__: Any
+) -> PairWork:
+    """Of the rule written plainly, an operation on a number one FLOP, whatever the chunks. For each token,
+    head and number of the memory: its decay, what is written and its sum, what is read 2; by the delta
+    rule 2 to read what the key had. For each number of a value: its strength; by the delta rule the
+    difference. For each token and head: the decay.
+    """
+    _, s, h, k = keys.shape
+    v = values.shape[3]
+    return token_work(h * ((7 * k * v + 2 * v if delta else 5 * k * v + v) + 1), seq=s)
+
+
 # Compiled for all lengths, the number of chunks is a symbol, over which torch thinks for minutes: the
 # products are large enough to be called one by one.
+@register_flops(_work)
 @torch.compiler.disable
 def chunked_memory(
     queries: Tensor,

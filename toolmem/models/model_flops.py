@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from toolmem.models.context import Extras
-from toolmem.models.flops import FlopCounter, PairCount, Tally, Work, follow_groups, merged
+from toolmem.models.flop_work import PairCount, Tally, Work, merged
+from toolmem.models.flops import FlopCounter, follow_groups
 
 if TYPE_CHECKING:
     from toolmem.models.language_model import LanguageModel
@@ -41,9 +42,10 @@ class BodyCount:
     Args:
         rows: number of rows.
         seq: tokens in a row.
-        forward: executed, attention apart.
+        forward: what grows with the tokens alone, the same for each.
         backward: the same of the backward pass.
-        pairs: attention.
+        pairs: attention, and what is computed otherwise than the mathematics asks for it. Modules that
+            predict more tokens are here too, whose rows are shorter.
         groups: ``forward`` by ``parameter_group``.
         unknown: operations that are not counted: name -> calls.
     """
@@ -65,7 +67,10 @@ class BodyCount:
             seq=seq,
             forward=int(self.forward * share),
             backward=int(self.backward * share),
-            pairs=tuple(pair.at(Fraction(rows, self.rows), seq) for pair in self.pairs),
+            pairs=tuple(
+                pair.at(Fraction(rows, self.rows), seq - (self.seq - pair.seq))
+                for pair in self.pairs
+            ),
             groups={name: int(flops * share) for name, flops in self.groups.items()},
         )
 
@@ -83,7 +88,7 @@ class BodyCount:
             backward: with the backward pass.
         """
         flops = self.forward + (self.backward if backward else 0)
-        found = flops * n_tokens // (self.rows * self.seq)
+        found = flops * n_tokens // (self.rows * self.seq)  # without a rest: tokens are alike
         for pair in self.pairs:
             each = pair.forward + (pair.backward if backward else 0)
             found += each * pairs(pair.window, pair.seq)
@@ -225,6 +230,8 @@ class ModelFlops:
                 return _states(model, tokens, ids, both)
 
             tally = self._pass(call)
+            if self.model.multi_token is not None:
+                tally = self._parted(call, tally, rows, seq)
             self._counted[key] = BodyCount(
                 rows,
                 seq,
@@ -235,6 +242,45 @@ class ModelFlops:
                 dict(tally.unknown),
             )
         return self._counted[key]
+
+    def _parted(self, call: Call, whole: Tally, rows: int, seq: int) -> Tally:
+        """Tell modules that predict more tokens from the body: their rows are shorter.
+
+        Args:
+            call: the pass.
+            whole: what it was found to cost.
+            rows: number of rows.
+            seq: tokens in a row.
+        """
+        modules, self.model.multi_token = self.model.multi_token, None
+        try:
+            body = self._pass(call)
+        finally:
+            self.model.multi_token = modules
+        assert modules is not None
+        lengths = [n for n in range(seq - 1, seq - 1 - len(modules.blocks), -1) if n > 0]
+        forward, backward = whole.forward - body.forward, whole.backward - body.backward
+        places = max(1, rows * sum(lengths))  # modules are alike
+        pairs = [
+            PairCount(
+                modules.parameter_group,
+                1,
+                False,
+                length,
+                forward // places,
+                backward // places,
+                forward * length * rows // places,
+                backward * length * rows // places,
+            )
+            for length in lengths
+        ]
+        return replace(
+            whole,
+            forward=body.forward,
+            backward=body.backward,
+            groups=body.groups,
+            pairs=whole.pairs + pairs,
+        )
 
     def _pass(self, call: Call) -> Tally:
         with left_alone(self.model):

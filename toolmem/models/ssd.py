@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from toolmem.models.flop_work import PairWork, token_work
 from toolmem.models.flops import register_flops
 from toolmem.models.scans import LOWEST_EXPONENT
 
@@ -317,6 +318,16 @@ register_flops(_scan_flops)(torch.ops.toolmem.ssd_scan)
 register_flops(_scan_backward_flops)(torch.ops.toolmem.ssd_scan_backward)
 
 
+def _work(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *_: Any, **__: Any) -> PairWork:
+    """Of the recurrence written plainly, an operation on a number one FLOP, whatever the chunks. For each
+    token, head, channel and state: the decay, what is taken in, their sum, the output 2. For each token,
+    head and channel: dt x. For each token and head: the decay's exponent, the decay.
+    """
+    _, s, h, p = x.shape
+    return token_work(h * (5 * B.shape[3] * p + p + 2), seq=s)
+
+
+@register_flops(_work)
 def ssd_scan(
     x: Tensor,
     dt: Tensor,

@@ -21,6 +21,7 @@ __getattr__, __dir__, __all__ = attach(
         "Checkpointing": "toolmem.training.callbacks",
         "EMA": "toolmem.training.callbacks",
         "Flops": "toolmem.training.callbacks",
+        "NormProbe": "toolmem.training.callbacks",
         "Progress": "toolmem.training.callbacks",
         "RecallProbe": "toolmem.training.callbacks",
         "Throughput": "toolmem.training.callbacks",

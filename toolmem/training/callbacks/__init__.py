@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = attach(
         "EMA": "toolmem.training.callbacks.ema",
         "Checkpointing": "toolmem.training.callbacks.checkpointing",
         "Flops": "toolmem.training.callbacks.flops",
+        "NormProbe": "toolmem.training.callbacks.norms",
         "Progress": "toolmem.training.callbacks.progress",
         "RecallProbe": "toolmem.training.callbacks.recall",
         "Throughput": "toolmem.training.callbacks.throughput",

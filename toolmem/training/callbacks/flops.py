@@ -184,10 +184,12 @@ def pairs_of(batch: Batch, spans: torch.Tensor | None) -> Pairs:
 
     def pairs(window: int, seq: int) -> int:
         whole = seq == width  # else these are modules that predict more tokens, causally
+        ahead = width - seq  # how far on the token lies that such a module needs beside each
         if batch.documents is not None and not (whole and batch.lengths is not None):
-            lengths = run_lengths(batch.documents[:, :seq])
+            known = batch.documents[:, ahead:] >= 0
+            lengths = run_lengths(batch.documents[:, :seq].masked_fill(~known, -1))
         elif batch.lengths is not None:
-            lengths = batch.lengths.clamp(max=seq)
+            lengths = (batch.lengths - ahead).clamp(min=0)
         else:
             lengths = torch.full((rows,), seq)
         found = seen_pairs(lengths, window)
