@@ -19,11 +19,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from toolmem.models.flop_formulas import (
@@ -46,8 +48,9 @@ def register_flops(formula: Callable[..., Work | int]) -> Callable[[T], T]:
 
     On a function, ``formula`` takes the same arguments and returns ``Work`` (or its ``forward``), which
     is *added* to what dispatch finds inside of it, or ``PairWork``, which *replaces* that in the exact
-    count (the function then returns a tensor, or several of which a loss hangs on the first alone).
-    Where nothing counts, the function is called as it is.
+    count (the function then returns a tensor, or several of which a loss hangs on the first alone; a
+    module whose parameters it uses must be an argument). Where nothing counts, the function is called
+    as it is.
 
     On an operation (``torch.ops.mylib.scan``), ``formula`` takes its arguments and the keyword
     ``out_val``, its result, and returns the FLOPs of one call. A backward pass that is an operation of
@@ -196,20 +199,25 @@ class FlopCounter(TorchDispatchMode):
         kwargs: dict[str, Any],
     ) -> Any:
         """Count a function forward and backward by itself, and put a stand-in into the graph."""
-        inputs = _tensors(args, kwargs)
-        learns = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+        modules = [module for module in args if isinstance(module, nn.Module)]
+        inputs = [*_tensors(args, kwargs), *(p for module in modules for p in module.parameters())]
         leaves = {id(x): x.detach().requires_grad_(x.requires_grad) for x in inputs}
 
         def leaf(value: Any) -> Any:
             return leaves.get(id(value), value)
 
         outer, self.tally, self.apart = self.tally, Tally(unknown=self.tally.unknown), False
+        wanted, grads = [x for x in inputs if x.requires_grad], []
         try:
-            found = function(*map(leaf, args), **{name: leaf(x) for name, x in kwargs.items()})
+            with ExitStack() as stack:
+                for module in modules:
+                    own = {name: leaf(p) for name, p in module.named_parameters()}
+                    stack.enter_context(_reparametrize_module(module, own))
+                found = function(*map(leaf, args), **{name: leaf(x) for name, x in kwargs.items()})
             first, *others = found if isinstance(found, tuple) else (found,)
-            if learns:
-                wanted = [x for x in leaves.values() if x.requires_grad]
-                torch.autograd.grad(first, wanted, torch.zeros_like(first), allow_unused=True)
+            if first.requires_grad:
+                zeros = torch.zeros_like(first)
+                grads = torch.autograd.grad(first, [*map(leaf, wanted)], zeros, allow_unused=True)
         finally:
             inner, self.tally, self.apart = self.tally, outer, True
         self.tally.pairs.append(
@@ -219,12 +227,13 @@ class FlopCounter(TorchDispatchMode):
                 inner.skips,
                 work.seq,
                 work.forward,
-                work.gradient if learns else 0,
+                work.gradient if first.requires_grad else 0,
                 inner.forward,
                 inner.backward,
             )
         )
-        stand_in = StandIn.apply(first.detach(), *inputs)
+        used = [x for x, grad in zip(wanted, grads, strict=False) if grad is not None]
+        stand_in = StandIn.apply(first.detach(), *used)
         return (stand_in, *(x.detach() for x in others)) if others else stand_in
 
 
@@ -239,12 +248,8 @@ class StandIn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Zeros for what learns."""
-        wanted = ctx.needs_input_grad[1:]
-        return None, *(
-            torch.zeros_like(x) if want else None
-            for x, want in zip(ctx.saved_tensors, wanted, strict=True)
-        )
+        """Zeros for every input."""
+        return None, *(torch.zeros_like(x) for x in ctx.saved_tensors)
 
 
 def _tensors(args: Iterable[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:

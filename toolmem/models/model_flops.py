@@ -70,6 +70,7 @@ class BodyCount:
             pairs=tuple(
                 pair.at(Fraction(rows, self.rows), seq - (self.seq - pair.seq))
                 for pair in self.pairs
+                if seq > self.seq - pair.seq
             ),
             groups={name: int(flops * share) for name, flops in self.groups.items()},
         )

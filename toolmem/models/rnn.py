@@ -23,6 +23,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from toolmem.errors import ToolmemError
 from toolmem.models.cache import LaneState
 from toolmem.models.context import Context
+from toolmem.models.flop_work import PairWork, token_work
+from toolmem.models.flops import register_flops
 from toolmem.models.language_model import LanguageModel
 from toolmem.models.layers import (
     Block,
@@ -101,6 +103,18 @@ class _ConvolvedMixer(nn.Module):
         return state
 
 
+def _work(cells: nn.Module, x: Tensor) -> PairWork:
+    """Of each token a product with every matrix. The machine knows that the first state is zero."""
+    matrices = [weight for weight in cells.parameters() if weight.ndim == 2]
+    return token_work(2 * sum(weight.numel() for weight in matrices), seq=x.shape[1])
+
+
+@register_flops(_work)
+def _run(cells: nn.Module, x: Tensor) -> Tensor:
+    """Whole rows (b, s, dim) through a recurrent layer, from no state: (b, s, width)."""
+    return cells(x)[0]
+
+
 class _TorchCell(_ConvolvedMixer):
     """One of torch's recurrent layers, token after token."""
 
@@ -119,7 +133,7 @@ class _TorchCell(_ConvolvedMixer):
         if context.documents is not None:
             return self.out(self._by_document(x, context.documents))
         if cache is None:
-            return self.out(self.cells(x)[0])
+            return self.out(_run(self.cells, x))
         return self.out(self._continue(x, context.counts, cache))
 
     def _by_document(self, x: Tensor, documents: Tensor) -> Tensor:
@@ -132,7 +146,7 @@ class _TorchCell(_ConvolvedMixer):
         within = index - first[number]
         rows = x.new_zeros(len(first), int(within.max()) + 1, x.shape[2])
         rows = rows.index_put((number, within), x.flatten(0, 1))
-        return self.cells(rows)[0][number, within].view(*x.shape[:2], self.width)
+        return _run(self.cells, rows)[number, within].view(*x.shape[:2], self.width)
 
     def _continue(self, x: Tensor, counts: Tensor | None, cache: RecurrentState) -> Tensor:
         """A chunk that goes on from a state; only real tokens change it."""

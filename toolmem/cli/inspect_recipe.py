@@ -1,0 +1,182 @@
+"""A recipe read for ``toolmem inspect``: its keys changed, and its model made without training or data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolmem.cli.functions import plain
+from toolmem.errors import ToolmemError
+
+if TYPE_CHECKING:
+    from toolmem.models import LanguageModel
+
+# What a tokenizer's name is when a recipe does not give it, in the DataModules that have one.
+TOKENIZED = {"toolmem.data.FactsDataModule": "byte", "toolmem.data.TextDataModule": "byte"}
+
+
+def split_changes(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Part the words that change the recipe from those that are the command's own.
+
+    Args:
+        argv: the words after the command.
+
+    Raises:
+        ToolmemError: for a key without a value.
+    """
+    words: list[str] = []
+    changes: dict[str, str] = {}
+    rest = iter(argv)
+    for word in rest:
+        if not word.startswith(("--model.model", "--data.")):
+            words.append(word)
+            continue
+        key, given, value = word.removeprefix("--").partition("=")
+        changes[key] = value if given else next(rest, "")
+        if not changes[key]:
+            raise ToolmemError(f"--{key} needs a value")
+    return words, changes
+
+
+def read_recipe(path: str, changes: Mapping[str, str]) -> dict[str, Any]:
+    """A recipe as plain data.
+
+    Args:
+        path: the YAML file.
+        changes: dotted key -> new value as YAML; ``init_args`` may be left out of keys.
+
+    Raises:
+        ToolmemError: for a file that is missing, or is no recipe.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ToolmemError(f"--config {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ToolmemError(f"--config {path}: this is not a text file") from error
+    recipe = _load(text, f"--config {path}")
+    if not isinstance(recipe, dict):
+        raise ToolmemError(f"--config {path}: a recipe is a mapping of keys (model, data, ...)")
+    for key, value in changes.items():
+        _change(recipe, key, _load(value, f"--{key}"))
+    return recipe
+
+
+def _load(text: str, source: str) -> Any:
+    """YAML as jsonargparse reads it (1e-3 is a number)."""
+    from jsonargparse import get_loader
+    from yaml import YAMLError
+
+    try:
+        return get_loader("yaml")(text)
+    except YAMLError as error:
+        raise ToolmemError(f"{source}: this is not YAML ({_first_line(error)})") from error
+
+
+def _first_line(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    where = f"line {mark.line + 1}: " if mark is not None else ""
+    return f"{where}{getattr(error, 'problem', None) or error}"
+
+
+def _change(recipe: dict[str, Any], key: str, value: Any) -> None:
+    section = ("model", "model") if key.startswith("model.model") else ("data",)
+    place = recipe
+    for name in section:
+        place = place.setdefault(name, {})
+    rest = key.split(".")[len(section) :]
+    if not rest:
+        place["class_path"] = value
+        return
+    if rest != ["class_path"] and rest[0] != "init_args":
+        rest = ["init_args", *rest]
+    for name in rest[:-1]:
+        place = place.setdefault(name, {})
+    place[rest[-1]] = value
+
+
+def init_args_of(section: Any) -> dict[str, Any]:
+    """The options that a section of a recipe gives; none where it gives none."""
+    return (section.get("init_args") or {}) if isinstance(section, Mapping) else {}
+
+
+def vocab_size_of(data: Any, config: str) -> int:
+    """How many token ids a recipe's data has, without building the data where its options tell.
+
+    Args:
+        data: the recipe's section ``data``.
+        config: the recipe's path, for messages.
+
+    Raises:
+        ToolmemError: when it cannot be told.
+    """
+    if not isinstance(data, Mapping) or "class_path" not in data:
+        raise ToolmemError(f"{config}: data.class_path is missing: it decides the vocabulary")
+    path, options = data["class_path"], init_args_of(data)
+    size = options.get("vocab_size") or options.get("train_tokenizer")
+    if size is not None:
+        return int(size)
+    if path in TOKENIZED:
+        from toolmem.data.tokenizers import make_tokenizer
+
+        return make_tokenizer(options.get("tokenizer") or TOKENIZED[path]).vocab_size
+    from toolmem.class_path import construct  # by its own word; this may take seconds
+
+    return int(construct(path, options, {}, "data").vocab_size)
+
+
+def build(recipe: Mapping[str, Any], config: str) -> LanguageModel:
+    """The recipe's model, with first weights that mean nothing.
+
+    Args:
+        recipe: as ``read_recipe`` returns it.
+        config: its path, for messages.
+
+    Raises:
+        ToolmemError: for what is missing, or cannot be.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    from toolmem.class_path import import_class
+    from toolmem.models import LanguageModel
+
+    section = recipe.get("model")
+    chosen = section.get("model") if isinstance(section, Mapping) else None
+    if not isinstance(chosen, Mapping) or "class_path" not in chosen:
+        raise ToolmemError(
+            f"{config}: model.model.class_path is missing: it names the architecture"
+        )
+    options = dict(init_args_of(chosen))
+    if options.get("vocab_size") is not None:
+        raise ToolmemError(
+            "model.model.init_args.vocab_size is decided by the data (its tokenizer): leave it out"
+        )
+    options["vocab_size"] = vocab_size_of(recipe.get("data"), config)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--model.model", type=LanguageModel)
+    try:
+        parsed = parser.parse_object({"model": {"model": {**chosen, "init_args": options}}})
+    except ArgumentError as error:
+        raise ToolmemError(f"{config}: {plain(error)}") from error
+    model = parsed.model.model
+    kind = import_class(model.class_path, "model.model.class_path")
+    arguments = model.init_args.as_dict()
+
+    with without_numbers():
+        return kind(**arguments)
+
+
+def without_numbers() -> Any:
+    """In here ``torch.nn.init`` does nothing: memory is asked for, but not written to."""
+    from torch.overrides import TorchFunctionMode
+
+    class WithoutNumbers(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            if getattr(func, "__module__", "") == "torch.nn.init":
+                return args[0] if args else (kwargs or {})["tensor"]
+            return func(*args, **(kwargs or {}))
+
+    return WithoutNumbers()
