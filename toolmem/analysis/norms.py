@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from toolmem.errors import ToolmemError
 from toolmem.files import atomic_path, explain_os_error
@@ -15,6 +15,7 @@ from toolmem.training.callbacks.norm_measures import ALL
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.axes import Axes
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
 TITLES = {
@@ -30,6 +31,9 @@ TITLES = {
 FORMATS = (".png", ".svg", ".pdf")
 MOST_LABELS = 40  # of layers in a panel
 MISSING = "#d9d9d9"
+LINEAR = ("attention_entropy",)
+SHARES = {"dead_units": 0.05}  # from 0 to their largest, or to this
+DECADES = 4  # that a logarithmic panel shows, at most
 
 
 def draw(run: str | Path, out: str | Path | None = None, measure: str | None = None) -> Path:
@@ -129,22 +133,24 @@ def _figure(panels: dict[str, Panel], name: str) -> Figure:
     for place in axes.flat[len(panels) :]:
         place.set_axis_off()
     for place, (measure, panel) in zip(axes.flat, panels.items(), strict=False):
-        _draw_panel(figure, place, TITLES.get(measure, measure), panel)
+        _draw_panel(figure, place, measure, panel)
     return figure
 
 
-def _draw_panel(figure: Figure, axes: Axes, title: str, panel: Panel) -> None:
+def _draw_panel(figure: Figure, axes: Axes, measure: str, panel: Panel) -> None:
     import numpy as np
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import LogFormatter
 
     steps = sorted({step for values in panel.values() for step in values})
     grid = np.array([[values.get(s, math.nan) for s in steps] for values in panel.values()])
     grid[~np.isfinite(grid)] = math.nan
     image = axes.pcolormesh(
-        edges(steps), np.arange(len(panel) + 1), grid, cmap="viridis", norm=_scale(grid)
+        edges(steps), np.arange(len(panel) + 1), grid, cmap="viridis", norm=_scale(measure, grid)
     )
     axes.set_facecolor(MISSING)
     axes.invert_yaxis()
-    axes.set_title(title, fontsize=9, loc="left")
+    axes.set_title(TITLES.get(measure, measure), fontsize=9, loc="left")
     axes.set_xlabel("step", fontsize=8)
     axes.tick_params(labelsize=7, length=2)
     every = math.ceil(len(panel) / MOST_LABELS)
@@ -156,6 +162,9 @@ def _draw_panel(figure: Figure, axes: Axes, title: str, panel: Panel) -> None:
             axes.axhline(row, color="white", linewidth=1.2)
     bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.05)
     bar.ax.tick_params(labelsize=7, length=2, which="both")
+    if isinstance(image.norm, LogNorm):  # 0.4, not 4 x 10^-1
+        bar.ax.yaxis.set_major_formatter(LogFormatter())
+        bar.ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
 
 
 def edges(steps: list[int]) -> list[float]:
@@ -166,11 +175,20 @@ def edges(steps: list[int]) -> list[float]:
     return [1.5 * steps[0] - steps[1] / 2, *middles, 1.5 * steps[-1] - steps[-2] / 2]
 
 
-def _scale(values: np.ndarray) -> Any:
-    """Logarithmic where all values are positive and far apart, else linear."""
+def _scale(measure: str, values: np.ndarray) -> Normalize:
+    """Logarithmic but for shares, entropies, and numbers below 0.
+
+    What is 0 takes the lowest colour, as does what is smaller than the largest by more than ``DECADES``.
+    """
     import numpy as np
     from matplotlib.colors import LogNorm, Normalize
 
     there = values[np.isfinite(values)]
-    low, high = (float(there.min()), float(there.max())) if len(there) else (0.0, 1.0)
-    return LogNorm(low, high) if 0 < 4 * low < high else Normalize(low, high)
+    high = float(there.max()) if len(there) else 1.0
+    if measure in SHARES:
+        return Normalize(0.0, max(high, SHARES[measure]))
+    positive = there[there > 0]
+    if measure in LINEAR or not len(positive) or (there < 0).any():
+        return Normalize(float(there.min()) if len(there) else 0.0, high)
+    low = max(float(positive.min()), high / 10**DECADES)
+    return LogNorm(min(low, high * 0.9), high, clip=True)
