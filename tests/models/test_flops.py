@@ -358,9 +358,9 @@ def test_shapes_that_are_reckoned_cost_what_they_would_if_counted(name):
         "gated_delta": (LinearAttention, {"n_heads": 2, "chunk_size": 4}),
     }[name]
     model = make(kind, **options)
-    flops = ModelFlops(model)
+    flops = ModelFlops(model, run=True)
     for rows, seq in ((2, 16), (3, 4), (2, 9), (5, 7), (1, 12), (2, 3), (1, 2)):
-        expected, got = ModelFlops(model).body(rows, seq), flops.body(rows, seq)
+        expected, got = ModelFlops(model, run=True).body(rows, seq), flops.body(rows, seq)
         assert got.exact(rows * seq, full_row) == expected.exact(rows * seq, full_row)
         assert got.executed() == expected.executed()
     # a window that no row fills is another kernel, and chunks end where they end
@@ -450,6 +450,18 @@ def test_an_operation_is_told_what_it_costs_and_the_counter_asks_it():
     with FlopCounter() as counter, torch.no_grad():
         torch.ops.toolmem_tests.tripled(torch.ones(4, 5))
     assert (counter.tally.forward, counter.tally.unknown) == (64, {})
+
+
+def test_nothing_counts_after_a_counter():
+    """Composite operations, which come whole in inference mode, are entered once more."""
+    from toolmem.models import flops
+
+    model = make(Transformer, n_heads=4, n_kv_heads=2).eval()
+    with torch.inference_mode(), FlopCounter() as counter:
+        model(torch.zeros(1, N, dtype=torch.int64))
+        assert flops._counting is counter
+    assert flops._counting is None
+    assert counter.tally.forward == N * (2 * 3840 + HEAD) + 2 * N * N * 64
 
 
 def test_groups_are_those_of_parameters():

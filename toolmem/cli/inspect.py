@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from toolmem.cli.inspect_recipe import (
     init_args_of,
     read_recipe,
     split_changes,
+    split_configs,
     vocab_size_of,  # noqa: F401 (other commands take it from here)
 )
 from toolmem.errors import ToolmemError
@@ -24,12 +25,14 @@ if TYPE_CHECKING:
 
 EXAMPLE = "toolmem inspect --config recipes/facts_in_tool.yaml --model.model.dim 64"
 SMALL_STEP = 2e10  # FLOPs: a second, on a slow core
+SHORT = ((1, 8), (1, 3), (2, 5))  # rows and tokens that tell how the work grows
 
 
 def inspect(config: str, json: str | None = None, seq_len: int | None = None) -> None:
     """Show parameters, FLOPs per token and decoding memory of a recipe's model.
 
-    ``--model.model.KEY VALUE`` and ``--data.KEY VALUE`` change the recipe, as in ``toolmem fit``.
+    ``--model.model.KEY VALUE``, ``--data.KEY VALUE`` and a further ``--config`` change the recipe, as in
+    ``toolmem fit``.
     ``toolmem inspect init`` looks at a model's first weights instead.
 
     Args:
@@ -45,10 +48,14 @@ def inspect(config: str, json: str | None = None, seq_len: int | None = None) ->
 
 
 def inspect_changed(
-    config: str, json: str | None, seq_len: int | None, changes: Mapping[str, str]
+    config: str,
+    json: str | None,
+    seq_len: int | None,
+    changes: Mapping[str, str],
+    more: Sequence[str] = (),
 ) -> None:
-    """The same, with some of the recipe's keys changed."""
-    recipe = read_recipe(config, changes)
+    """The same, with some of the recipe's keys changed, by words and by further recipes."""
+    recipe = read_recipe(config, changes, more)
     if seq_len is None:
         seq_len = init_args_of(recipe.get("data")).get("seq_len")
     figures = measure(build(recipe, config), seq_len)
@@ -59,10 +66,11 @@ def inspect_changed(
     show(figures, config)
 
 
-def flop_counter(model: LanguageModel, seq_len: int) -> ModelFlops:
-    """What counts a model's FLOPs soonest: a small model is run, a large one goes to the meta device.
+def counted_row(model: LanguageModel, seq_len: int) -> tuple[ModelFlops, BodyCount]:
+    """FLOPs of one row, the quickest way: a small model is run on it, a large one on short rows.
 
-    Shapes alone make torch import its compiler, which takes longer than a small model's step.
+    Shapes alone make torch import its compiler, which takes longer than a small model's step. They are
+    for a large model whose short rows do not tell what a long one costs.
     """
     import torch
 
@@ -70,14 +78,23 @@ def flop_counter(model: LanguageModel, seq_len: int) -> ModelFlops:
 
     # FLOPs of a step, but for attention, are about six a parameter and token.
     small = 6 * sum(p.numel() for p in model.parameters()) * seq_len < SMALL_STEP
-    if not small:
-        model.to("meta")
-    elif model.embedding.weight.device.type == "cpu":
+    flops = ModelFlops(model, run=True)
+    if small:
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in model.parameters():  # what memory held before may be slow to multiply
                 parameter.normal_(std=0.02, generator=generator)
-    return ModelFlops(model, run=small)
+        return flops, flops.body(1, seq_len)
+    shapes = [shape for shape in SHORT if shape[1] <= seq_len]
+    bodies = [flops.body(*shape) for shape in shapes]
+    if len(shapes) == len(SHORT) and all(
+        bodies[0].at(*shape).same_mathematics(body)
+        for shape, body in zip(shapes, bodies, strict=True)
+    ):
+        return flops, bodies[0].at(1, seq_len)
+    model.to("meta")
+    flops = ModelFlops(model)
+    return flops, flops.body(1, seq_len)
 
 
 @dataclass(frozen=True)
@@ -158,13 +175,13 @@ def measure(model: LanguageModel, seq_len: int | None = None) -> Figures:
     model.eval()  # what depends on a whole batch, as an expert's capacity, is off
     params, active = model.parameter_counts(), model.active_parameters()
     fixed, growing = cache_bytes(model)
-    counted = flop_counter(model, seq_len)
-    body, head = counted.body(1, seq_len), counted.head()
+    counted, body = counted_row(model, seq_len)
+    head = counted.head()
     asked = 1 + len(model.multi_token.blocks) if model.multi_token is not None else 1
     training = exact(body, backward=True) / seq_len + asked * (head.forward + head.gradient)
     if asked > 1:  # only training predicts more than the next token
         model.multi_token = None
-        body = flop_counter(model, seq_len).body(1, seq_len)
+        _, body = counted_row(model, seq_len)
     return Figures(
         params,
         active,
@@ -258,10 +275,11 @@ def main(command: str, argv: list[str]) -> int:
 
         return importlib.import_module("toolmem.cli.inspect_init").main(argv[1:]) or 0
     words, changes = split_changes(argv)
+    words, more = split_configs(words)
 
     @functools.wraps(inspect)
     def changed(config: str, json: str | None = None, seq_len: int | None = None) -> None:
-        inspect_changed(config, json, seq_len, changes)
+        inspect_changed(config, json, seq_len, changes, more)
 
     call(changed, words, prog=f"toolmem {command}", example=EXAMPLE)
     return 0

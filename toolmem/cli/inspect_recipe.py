@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,16 +40,56 @@ def split_changes(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     return words, changes
 
 
-def read_recipe(path: str, changes: Mapping[str, str]) -> dict[str, Any]:
+def split_configs(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Part the first recipe, with all other words, from recipes that say what they change in it.
+
+    Args:
+        words: the words after the command.
+    """
+    kept: list[str] = []
+    configs: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        name, given, value = word.partition("=")
+        value = value if given else next(rest, "") if name == "--config" else ""
+        if name == "--config" and value:
+            configs.append(value)
+        else:
+            kept.append(word)
+    return [*(["--config", configs[0]] if configs else []), *kept], configs[1:]
+
+
+def read_recipe(path: str, changes: Mapping[str, str], more: Sequence[str] = ()) -> dict[str, Any]:
     """A recipe as plain data.
 
     Args:
         path: the YAML file.
         changes: dotted key -> new value as YAML; ``init_args`` may be left out of keys.
+        more: files that say only what they change, in turn.
 
     Raises:
         ToolmemError: for a file that is missing, or is no recipe.
     """
+    recipe = _read(path)
+    for other in more:
+        _merge(recipe, _read(other))
+    for key, value in changes.items():
+        _change(recipe, key, _load(value, f"--{key}"))
+    return recipe
+
+
+def _merge(recipe: dict[str, Any], other: Mapping[str, Any]) -> None:
+    """Another class takes other options: it keeps none of the one before."""
+    if "class_path" in other and other["class_path"] != recipe.get("class_path"):
+        recipe.pop("init_args", None)
+    for name, value in other.items():
+        if isinstance(value, Mapping) and isinstance(recipe.get(name), dict):
+            _merge(recipe[name], value)
+        else:
+            recipe[name] = value
+
+
+def _read(path: str) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -58,8 +99,6 @@ def read_recipe(path: str, changes: Mapping[str, str]) -> dict[str, Any]:
     recipe = _load(text, f"--config {path}")
     if not isinstance(recipe, dict):
         raise ToolmemError(f"--config {path}: a recipe is a mapping of keys (model, data, ...)")
-    for key, value in changes.items():
-        _change(recipe, key, _load(value, f"--{key}"))
     return recipe
 
 
@@ -167,8 +206,10 @@ def build(recipe: Mapping[str, Any], config: str) -> LanguageModel:
         return kind(**arguments)
 
 
-def without_numbers() -> Any:
+@contextmanager
+def without_numbers() -> Iterator[None]:
     """In here ``torch.nn.init`` does nothing: memory is asked for, but not written to."""
+    from torch.nn import init
     from torch.overrides import TorchFunctionMode
 
     class WithoutNumbers(TorchFunctionMode):
@@ -179,4 +220,10 @@ def without_numbers() -> Any:
                 return args[0] if args else (kwargs or {})["tensor"]
             return func(*args, **(kwargs or {}))
 
-    return WithoutNumbers()
+    drawn = init.trunc_normal_  # the one of them that asks no mode
+    init.trunc_normal_ = lambda tensor, *_, **__: tensor
+    try:
+        with WithoutNumbers():
+            yield
+    finally:
+        init.trunc_normal_ = drawn

@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._library.simple_registry import singleton
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -88,15 +89,17 @@ class FlopCounter(TorchDispatchMode):
 
     Args:
         apart: tell attention apart in ``tally.pairs``. Gradients that pass a function with ``PairWork``
-            are then stand-ins: for passes whose results nobody uses.
+            are then stand-ins, and custom operations give shapes only: for passes whose results nobody
+            uses.
     """
 
     supports_higher_order_operators = True
 
     def __init__(self, apart: bool = False) -> None:
         super().__init__()
-        self.apart = apart
+        self.apart = self.shapes_only = apart
         self.tally = Tally()
+        self._outer: list[FlopCounter | None] = []  # it is entered again for composite operations
         self.groups = ["other"]  # of the modules around, the innermost last
 
     @classmethod
@@ -106,13 +109,14 @@ class FlopCounter(TorchDispatchMode):
 
     def __enter__(self) -> FlopCounter:
         global _counting
-        self._outer, _counting = _counting, self
+        self._outer.append(_counting)
+        _counting = self
         super().__enter__()
         return self
 
     def __exit__(self, *args: Any) -> None:
         global _counting
-        _counting = self._outer
+        _counting = self._outer.pop()
         super().__exit__(*args)
 
     def __torch_dispatch__(
@@ -130,7 +134,8 @@ class FlopCounter(TorchDispatchMode):
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        result = func(*args, **kwargs)
+        shapes = _shapes_of(func) if self.shapes_only and overload else None
+        result = (shapes or func)(*args, **kwargs)
         if formula is None:
             name = func._schema.name if overload else func.name()
             self.tally.unknown[name] += 1
@@ -207,7 +212,8 @@ class FlopCounter(TorchDispatchMode):
             return leaves.get(id(value), value)
 
         outer, self.tally, self.apart = self.tally, Tally(unknown=self.tally.unknown), False
-        wanted, grads = [x for x in inputs if x.requires_grad], []
+        wanted = [x for x in inputs if x.requires_grad]
+        grads: tuple[Tensor | None, ...] = ()
         try:
             with ExitStack() as stack:
                 for module in modules:
@@ -250,6 +256,18 @@ class StandIn(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Zeros for every input."""
         return None, *(torch.zeros_like(x) for x in ctx.saved_tensors)
+
+
+@functools.cache
+def _shapes_of(func: Any) -> Callable[..., Any] | None:
+    """What makes the results of a custom operation by their shapes alone; None for torch's own.
+
+    The first call of a real one has torch import its compiler, for seconds.
+    """
+    if func._schema.name.startswith("aten::"):
+        return None
+    entry = singleton.find(func._schema.name)
+    return entry.fake_impl.kernel
 
 
 def _tensors(args: Iterable[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:

@@ -76,7 +76,7 @@ def _work(
     rule 2 to read what the key had. For each number of a value: its strength; by the delta rule the
     difference. For each token and head: the decay.
     """
-    _, s, h, k = keys.shape
+    s, h, k = keys.shape[1:]
     v = values.shape[3]
     return token_work(h * ((7 * k * v + 2 * v if delta else 5 * k * v + v) + 1), seq=s)
 

@@ -11,6 +11,7 @@ Shapes: b batch, s seq.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -77,8 +78,18 @@ class BodyCount:
 
     def same_work(self, other: BodyCount) -> bool:
         """Are the FLOPs equal?"""
-        mine, theirs = ((x.forward, x.backward, set(x.pairs)) for x in (self, other))
-        return mine == theirs
+        return self.same_mathematics(other) and set(self.pairs) == set(other.pairs)
+
+    def same_mathematics(self, other: BodyCount) -> bool:
+        """Are the exact FLOPs equal, whatever was executed?"""
+        return self._asked() == other._asked()
+
+    def _asked(self) -> tuple[Any, ...]:
+        pairs: Counter[tuple[Any, ...]] = Counter()
+        for pair in self.pairs:
+            for part in ("forward", "backward"):
+                pairs[pair.group, pair.window, pair.seq, part] += getattr(pair, part)
+        return self.forward, self.backward, pairs
 
     def exact(self, n_tokens: int, pairs: Pairs, backward: bool = True) -> int:
         """What the mathematics asks for.
@@ -389,6 +400,9 @@ def left_alone(model: nn.Module) -> Iterator[None]:
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     # FlexAttention compiles for every shape; what is counted is the mask's rectangle either way.
     model.attention_kernel = "sdpa"  # type: ignore[assignment]
+    for module in model.modules():
+        if hasattr(module, "capacity_factor"):  # experts are counted as if no token were dropped
+            module.capacity_factor = 0.0  # type: ignore[assignment]
     try:
         with torch.random.fork_rng(sorted(device.index or 0 for device in devices)):
             yield

@@ -323,7 +323,7 @@ def _work(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *_: Any, **__:
     token, head, channel and state: the decay, what is taken in, their sum, the output 2. For each token,
     head and channel: dt x. For each token and head: the decay's exponent, the decay.
     """
-    _, s, h, p = x.shape
+    s, h, p = x.shape[1:]
     return token_work(h * (5 * B.shape[3] * p + p + 2), seq=s)
 
 
