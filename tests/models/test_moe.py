@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from toolmem.errors import ToolmemError
 from toolmem.models import MoETransformer
 from toolmem.models.context import Context, Extras
-from toolmem.models.grouped import grouped_product
+from toolmem.models.grouped import grouped_product, is_fused
 from toolmem.models.layers import FeedForward
 from toolmem.models.moe import MixtureOfExperts, dispatch
 
@@ -120,19 +120,23 @@ def test_dispatch_sorts_and_drops_the_last_comers():
 
 
 @pytest.mark.parametrize("sizes", [[3, 0, 5, 1], [0, 0, 0, 0], [9, 0, 0, 0], [2, 2, 2, 1]])
-def test_grouped_products_are_products_by_group(sizes):
+@pytest.mark.parametrize(
+    ("dtype", "width", "out", "fused"),
+    [(torch.float64, 4, 3, False), (torch.float32, 4, 8, True), (torch.float32, 6, 8, False)],
+)
+def test_grouped_products_are_products_by_group(sizes, dtype, width, out, fused):
     torch.manual_seed(0)
     ends = torch.tensor(sizes).cumsum(0).int()
     total = 9
-    x = torch.randn(total, 4, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(4, 3, 4, dtype=torch.float64, requires_grad=True)
-    expected = torch.zeros(total, 3, dtype=torch.float64)
+    x = torch.randn(total, width, dtype=dtype, requires_grad=True)
+    weight = torch.randn(4, out, width, dtype=dtype, requires_grad=True)
+    assert is_fused(x, weight) == (fused and hasattr(torch, "_grouped_mm"))
     start = 0
     pieces = []
     for group, size in enumerate(sizes):
         pieces.append(x[start : start + size] @ weight[group].T)
         start += size
-    pieces.append(torch.zeros(total - start, 3, dtype=torch.float64))  # rows of no group
+    pieces.append(torch.zeros(total - start, out, dtype=dtype))  # rows of no group
     expected = torch.cat(pieces)
     got = grouped_product(x, weight, ends)
     torch.testing.assert_close(got, expected)

@@ -25,13 +25,12 @@ FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def is_fused(a: Tensor, b: Tensor) -> bool:
-    """Does ``torch._grouped_mm`` take these? On CUDA its rows start at multiples of 16 bytes."""
+    """Does ``torch._grouped_mm`` take these? Rows have to start at multiples of 16 bytes."""
     if not hasattr(torch, "_grouped_mm") or a.dtype not in FUSED_DTYPES:
         return False
-    if a.is_cuda:
-        widths = (*a.shape[1:], *b.shape[1:])
-        return all(width * a.element_size() % 16 == 0 for width in widths)
-    return a.device.type == "cpu"
+    widths = (*a.shape[1:], *b.shape[1:])
+    aligned = all(width * a.element_size() % 16 == 0 for width in widths)
+    return aligned and a.device.type in ("cpu", "cuda")
 
 
 def _sizes(ends: Tensor) -> list[int]:
