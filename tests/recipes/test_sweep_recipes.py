@@ -1,0 +1,53 @@
+"""Every sweep's recipe is a grid of recipes that ``toolmem fit`` takes; cut down, it runs to its plot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from toolmem.cli import main
+from toolmem.cli.sweep import check
+from toolmem.recipe_files import set_key
+from toolmem.sweeps import Results, SweepRecipe, expand
+
+FOLDER = Path(__file__).resolve().parent.parent.parent / "recipes" / "sweeps"
+# what makes each small: of its axes, what is left; of its base, what is changed
+CUT = {
+    "mqar": (
+        {"width": 1, "lr": 1},
+        {"trainer.max_steps": 2, "trainer.val_check_interval": 2, "data.val_batches": 1},
+    ),
+}
+
+
+def test_each_sweep_is_known_here():
+    """A new recipe needs an entry in CUT, or it would go untested."""
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == set(CUT)
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_every_value_is_one_that_fit_takes(name):
+    runs = expand(SweepRecipe.read(FOLDER / f"{name}.yaml"))
+    assert len(runs) > 8
+    check(runs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CUT)
+def test_cut_down_it_runs_to_its_plot(name, tmp_path, capsys):
+    left, changes = CUT[name]
+    written = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    for axis, n in left.items():
+        written["axes"][axis]["values"] = written["axes"][axis]["values"][:n]
+    for key, value in changes.items():
+        set_key(written["base"], key, value)
+    recipe = tmp_path / f"{name}.yaml"
+    recipe.write_text(yaml.safe_dump(written, sort_keys=False), encoding="utf-8")
+    code = main(["sweep", str(recipe), "--out", str(tmp_path / "out"), "--workers", "1"])
+    assert code == 0, capsys.readouterr().err
+    rows = Results(tmp_path / "out" / "results.duckdb").rows()
+    assert {row["status"] for row in rows} == {"done"}, [row["error"] for row in rows]
+    assert len(rows) == len(expand(SweepRecipe.read(recipe)))
+    assert (tmp_path / "out" / "report.png").is_file()
