@@ -20,22 +20,37 @@ from toolmem.cli import facts as facts_cli
 from toolmem.cli.demo import demo
 from toolmem.cli.evaluate import evaluate
 from toolmem.cli.generate import generate
+from toolmem.cli.inspect import inspect as inspect_recipe
+from toolmem.cli.plot import norms as plot_norms
+from toolmem.cli.sweep import sweep
 from toolmem.cli.tokenizer import train as tokenizer_train
 from toolmem.cli.tool import calculator, sql
 from toolmem.data import FactsDataModule, RecallDataModule, TextDataModule
 from toolmem.files import write_text
-from toolmem.models import Transformer
+from toolmem.models import (
+    RNN,
+    Hybrid,
+    LinearAttention,
+    Mamba,
+    Mamba2,
+    MoETransformer,
+    Transformer,
+)
 from toolmem.training import (
+    EMA,
     TRAINER_DEFAULTS,
     WSD,
     AdamW,
+    BatchSizeWarmup,
     Checkpointing,
     Constant,
     Cosine,
+    Flops,
     InverseSqrt,
     LanguageModelModule,
     Linear,
     Muon,
+    NormProbe,
     RecallProbe,
 )
 
@@ -157,18 +172,26 @@ def page() -> str:
         ("model", "--model.", LanguageModelModule),
         ("checkpointing", "--checkpointing.", Checkpointing),
         ("recall", "--recall.", RecallProbe),
+        ("norms", "--norms.", NormProbe),
     ):
         text += f"### {title}\n\n{summary(cls)}{table(cls, prefix)}"
     text += "### Classes that a recipe names\n\nEach is `class_path`, with these `init_args`.\n\n"
     for package, classes in (
         ("toolmem.data", (FactsDataModule, TextDataModule, RecallDataModule)),
-        ("toolmem.models", (Transformer,)),
+        (
+            "toolmem.models",
+            (Transformer, MoETransformer, Mamba, Mamba2, RNN, LinearAttention, Hybrid),
+        ),
         ("toolmem.training", (Muon, AdamW, WSD, Cosine, Linear, InverseSqrt, Constant)),
+        ("toolmem.training", (Flops, EMA, BatchSizeWarmup)),
     ):
         for cls in classes:
             text += f"#### {package}.{cls.__name__}\n\n{summary(cls)}{table(cls, '')}"
+    text += command("toolmem sweep", sweep, ("recipe",))
     text += command("toolmem generate", generate)
     text += command("toolmem evaluate", evaluate)
+    text += command("toolmem inspect", inspect_recipe)
+    text += command("toolmem plot norms", plot_norms, ("run",))
     for name, (function, positional, _) in facts_cli.COMMANDS.items():
         text += command(f"toolmem facts {name}", function, tuple(positional))
     text += command("toolmem tool sql", sql, ("file", "query"))

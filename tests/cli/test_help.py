@@ -24,8 +24,9 @@ HEAVY = {
 }
 # every command line that has a --help of its own
 HELPS = [
-    "demo", "fit", "validate", "test", "predict", "generate", "evaluate", "facts", "facts build",
-    "facts show", "tool", "tool sql", "tool calculator", "tokenizer", "tokenizer train",
+    "demo", "fit", "validate", "test", "predict", "sweep", "generate", "evaluate", "inspect",
+    "inspect init", "plot", "plot norms", "facts", "facts build", "facts show", "tool", "tool sql",
+    "tool calculator", "tokenizer", "tokenizer train",
 ]  # fmt: skip
 
 
@@ -83,7 +84,7 @@ def options(page: str, words: str) -> list[str]:
     found = set(re.findall(r"(?<![\w-])--[a-zA-Z_][\w.]*", page.partition("options:")[2]))
     found = {name.rstrip(".") for name in found}
     if words in ("fit", "validate", "test", "predict"):
-        ours = ("--checkpointing.", "--recall.", "--model.")
+        ours = ("--checkpointing.", "--recall.", "--norms.", "--flops.", "--model.")
         found = {name for name in found if "." not in name or name.startswith(ours)}
         found = {name for name in found if name.count(".") < 2}
     return sorted(found)
@@ -95,7 +96,7 @@ def test_each_page_and_the_list_of_options(toolmem):
         page = help_of(toolmem, words)
         assert "toolmem " + words.split()[0] in page
         assert re.search(r"^ *example|facts build --people", page, re.MULTILINE), words
-        if words not in ("facts", "tool", "tokenizer"):
+        if words not in ("plot", "facts", "tool", "tokenizer"):
             lines += [words, *(f"  {option}" for option in options(page, words)), ""]
     current = "\n".join(lines)
     known = OPTIONS.read_text() if OPTIONS.exists() else ""
