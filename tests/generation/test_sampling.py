@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from toolmem.errors import ToolmemError
 from toolmem.generation import Greedy, Sampling
-from toolmem.generation.sampling import draw, keep_top_k, keep_top_p, uniform_numbers
+from toolmem.generation.processors import keep_top_k, keep_top_p
+from toolmem.generation.sampling import draw, uniform_numbers
 
 LOGITS = st.lists(st.floats(-5, 5, width=32), min_size=2, max_size=8, unique=True)
 
@@ -86,7 +87,7 @@ def test_uniform_numbers_depend_on_their_own_generator_only():
 @pytest.mark.parametrize(
     ("options", "key"),
     [
-        ({"temperature": 0.0}, "temperature"),
+        ({"temperature": math.inf}, "temperature"),
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": math.nan}, "temperature"),
         ({"top_k": 0}, "top_k"),

@@ -26,7 +26,7 @@ from toolmem.generation.reference import (
     token_roles,
     turn_text,
 )
-from toolmem.generation.sampling import Greedy, Sampler, uniform_numbers
+from toolmem.generation.sampling import Greedy, History, Sampler, choose, uniform_numbers
 from toolmem.tools.base import Answer, extract_query
 
 if TYPE_CHECKING:
@@ -180,7 +180,8 @@ class _Engine:
         if self.sampler.random:
             generators = [lane.generator for lane in lanes if lane.generator is not None]
             uniform = uniform_numbers(generators)
-        chosen = self.sampler(logits, uniform)
+        histories = [History(lane.tokens, lane.roles, lane.prompt_length) for lane in lanes]
+        chosen = choose(self.sampler, logits, uniform, histories)
         log_probs = logits.log_softmax(dim=-1).gather(1, chosen[:, None])[:, 0]
         end, database = self.tokenizer.role_ids["end"], self.tokenizer.role_ids["database"]
         for lane, token, log_prob in zip(lanes, chosen.tolist(), log_probs.tolist(), strict=True):

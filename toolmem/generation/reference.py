@@ -20,15 +20,14 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from toolmem.errors import ToolmemError
-from toolmem.generation.sampling import Greedy, Sampler, uniform_numbers
+from toolmem.generation.sampling import Greedy, History, Sampler, choose, uniform_numbers
+from toolmem.generation.turns import ASSISTANT, DATABASE, USER
 from toolmem.tools.base import Answer, extract_query
 
 if TYPE_CHECKING:
     from toolmem.data.tokenizers import Tokenizer
     from toolmem.models.language_model import LanguageModel
     from toolmem.tools.base import Toolbox
-
-NONE, USER, ASSISTANT, DATABASE = 0, 1, 2, 3  # role codes
 
 FinishReason = Literal["end", "length", "tool_calls"]
 
@@ -160,7 +159,8 @@ def generate_naive(
                 told["spans"] = torch.tensor([foreign_spans(roles)], device=device)
             logits = model(torch.tensor([tokens], device=device), **told)[:, -1].float()
             uniform = uniform_numbers([generator]) if sampler.random else None
-            token = int(sampler(logits, uniform))
+            history = History(tokens, roles, len(prompt))
+            token = int(choose(sampler, logits, uniform, [history]))
             tokens.append(token)
             roles.append(ASSISTANT)
             log_probs.append(float(logits.log_softmax(dim=-1)[0, token]))

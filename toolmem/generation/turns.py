@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from toolmem.data.tokenizers import Tokenizer
 
+NONE, USER, ASSISTANT, DATABASE = 0, 1, 2, 3  # role codes
+
 
 def split_turns(tokens: Sequence[int], tokenizer: Tokenizer) -> list[tuple[str, str]]:
     """(role, text) of each turn; a turn begins where its role token stands.
