@@ -1,6 +1,6 @@
-"""Draws the concept pictures as SVG: one dialogue of each setting token by token, and attention's masks.
+"""Draws the concept pictures as SVG: dialogues token by token, attention's masks, synthetic tasks.
 
-    python docs/make_figures.py            writes docs/assets/dialogue_*.svg and masks.svg
+    python docs/make_figures.py            writes docs/assets/dialogue_*.svg, masks.svg, synthetic_tasks.svg
 
 The tokens, roles, loss and masks are the library's own, so the pictures cannot drift from it.
 """
@@ -13,7 +13,15 @@ from pathlib import Path
 
 import torch
 
-from toolmem.data import ByteTokenizer, TemplateSet, encode_dialogue, make_population
+from toolmem.data import (
+    Batch,
+    ByteTokenizer,
+    MADDataModule,
+    RecallDataModule,
+    TemplateSet,
+    encode_dialogue,
+    make_population,
+)
 from toolmem.data.text.dialog_tokens import foreign_spans
 from toolmem.files import write_text
 from toolmem.models.masks import attention_mask, causal_mask
@@ -199,11 +207,88 @@ def draw_masks() -> str:
     )
 
 
+def task_rows() -> list[tuple[str, Batch, list[str], dict[int, str]]]:
+    """(title, one row, names of its symbols, colours of some of them) of every synthetic task."""
+    small = {"batch_size": 1, "val_batches": 1, "seed": 5}
+    letters, values = list("ABCD"), list("wxyz")
+    red, grey = "#c92a2a", "#868e96"
+    key_value = {**dict.fromkeys(range(4), "#0b7285"), **dict.fromkeys(range(4, 8), "#2b7a0b")}
+    mqar = RecallDataModule(32, 24, 3, random_non_queries=False, **small)
+    names = ["·", *(f"{n}" for n in range(1, 32))]
+    tones = {
+        0: grey,
+        **dict.fromkeys(range(1, 16), "#0b7285"),
+        **dict.fromkeys(range(16, 32), "#2b7a0b"),
+    }
+    found = [("MQAR", mqar.generator(1).batch_at(0), names, tones)]
+    signs = {6: grey, 7: red}
+    for title, task, options, symbols, colours in (
+        ("in-context recall", "in_context_recall", {}, letters + values, key_value),
+        (
+            "noisy recall",
+            "noisy_recall",
+            {"vocab_size": 12, "noise_vocab_size": 4},
+            [*letters, *values, *"#%&@"],
+            key_value | dict.fromkeys(range(8, 12), red),
+        ),
+        ("fuzzy recall", "fuzzy_recall", {"motif_len": 2}, letters + values, key_value),
+        ("selective copy", "selective_copy", {"n_copied": 6}, [*"ABCDEF", "·", "▷"], signs),
+        ("compression", "compression", {"seq_len": 23}, [*"ABCDEF", "|", "▷"], {6: red, 7: red}),
+        (
+            "memorisation",
+            "memorization",
+            {"vocab_size": 9},
+            [*letters, *values, "?"],
+            key_value | {8: red},
+        ),
+    ):
+        data = MADDataModule(task, **{"vocab_size": 8, "seq_len": 24, **small, **options})  # type: ignore[arg-type]
+        found.append((title, data.generator(1).batch_at(0), symbols, colours))
+    return found
+
+
+def draw_tasks() -> str:
+    """The picture of the synthetic tasks: a row of each, what is asked under it."""
+    label, cell, high = 150, 27, 74
+    rows = task_rows()
+    width, height = label + 24 * cell + 2 * MARGIN, 40 + high * len(rows)
+    shapes = [
+        f'<text x="{MARGIN}" y="24" font-size="14" font-weight="bold" fill="#222">One row of each task; '
+        "under it, what is to be predicted there</text>"
+    ]
+    for number, (title, batch, names, colours) in enumerate(rows):
+        y = 46 + high * number
+        shapes.append(f'<text x="{MARGIN}" y="{y + 18}" font-size="13" fill="#222">{title}</text>')
+        for place, token in enumerate(batch.tokens[0].tolist()):
+            x, colour = MARGIN + label + place * cell, colours.get(token, "#0b7285")
+            asked = bool(batch.loss_mask[0, place])
+            shapes.append(
+                f'<rect x="{x}" y="{y}" width="{cell - 2}" height="26" rx="3" fill="{colour}" '
+                f'fill-opacity="{0.3 if asked else 0.1}"/><text x="{x + cell / 2 - 1}" y="{y + 18}" '
+                f'font-size="13" text-anchor="middle" fill="{colour}">{escape(names[token])}</text>'
+            )
+            if asked:
+                target = escape(names[int(batch.targets[0, place])])
+                shapes.append(
+                    f'<text x="{x + cell / 2 - 1}" y="{y + 44}" font-size="13" font-weight="bold" '
+                    f'text-anchor="middle" fill="#222">{target}</text>'
+                )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
+        f'height="{height}" role="img" font-family="ui-monospace, Menlo, Consolas, monospace">\n'
+        "<title>One row of each synthetic task</title>\n"
+        f'<rect width="{width}" height="{height}" rx="6" fill="#ffffff"/>\n'
+        + "\n".join(shapes)
+        + "\n</svg>\n"
+    )
+
+
 def main() -> None:
     """Write all pictures."""
     for setting in ("in_weight", "in_tool"):
         write_text(ASSETS / f"dialogue_{setting}.svg", draw(setting))
     write_text(ASSETS / "masks.svg", draw_masks())
+    write_text(ASSETS / "synthetic_tasks.svg", draw_tasks())
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from toolmem.cli.plot import norms as plot_norms
 from toolmem.cli.sweep import sweep
 from toolmem.cli.tokenizer import train as tokenizer_train
 from toolmem.cli.tool import calculator, sql
-from toolmem.data import FactsDataModule, RecallDataModule, TextDataModule
+from toolmem.data import FactsDataModule, MADDataModule, RecallDataModule, TextDataModule
 from toolmem.files import write_text
 from toolmem.models import (
     RNN,
@@ -177,7 +177,7 @@ def page() -> str:
         text += f"### {title}\n\n{summary(cls)}{table(cls, prefix)}"
     text += "### Classes that a recipe names\n\nEach is `class_path`, with these `init_args`.\n\n"
     for package, classes in (
-        ("toolmem.data", (FactsDataModule, TextDataModule, RecallDataModule)),
+        ("toolmem.data", (FactsDataModule, TextDataModule, RecallDataModule, MADDataModule)),
         (
             "toolmem.models",
             (Transformer, MoETransformer, Mamba, Mamba2, RNN, LinearAttention, Hybrid),

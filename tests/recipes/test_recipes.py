@@ -39,6 +39,7 @@ CUT = {
         for setting in ("weight", "tool")
     },
     "facts_in_tool_jamba": [*FACTS, "--model.model.n_layers", "4"],
+    "mad": ["--data.batch_size", "2", "--data.seq_len", "16", "--data.val_batches", "1"],
     "shakespeare": [*TEXT, "--trainer.precision", "32-true"],
     "smollm": SMOLLM,
     "smollm_debug": [*SMOLLM, "--model.model.n_heads", "4"],

@@ -43,9 +43,11 @@ __getattr__, __dir__, __all__ = attach(
         "TokenGenerator": "toolmem.data.text.tokens",
         "WindowGenerator": "toolmem.data.text.windows",
         "RecallGenerator": "toolmem.data.recall",
+        "MADGenerator": "toolmem.data.mad",
         # what a recipe names
         "FactsDataModule": "toolmem.data.modules.facts",
         "TextDataModule": "toolmem.data.modules.text",
         "RecallDataModule": "toolmem.data.modules.recall",
+        "MADDataModule": "toolmem.data.modules.recall",
     },
 )

@@ -79,8 +79,8 @@ class RecallGenerator(IndexedBatches):
         """The rows of this rank of batch number ``index``."""
         rng = np.random.default_rng([self.seed, 1 + self.stream, 1 + index])
         n, pairs, middle = self.batch_size, self.n_pairs, self.vocab_size // 2
-        keys = 1 + _distinct(rng, n, middle - 1, pairs)
-        values = middle + _distinct(rng, n, self.vocab_size - middle, pairs)
+        keys = 1 + distinct(rng, n, middle - 1, pairs)
+        values = middle + distinct(rng, n, self.vocab_size - middle, pairs)
         tokens = np.zeros((n, self.seq_len), np.int64)
         tokens[:, 0 : 2 * pairs : 2] = keys
         tokens[:, 1 : 2 * pairs : 2] = values
@@ -108,8 +108,18 @@ class RecallGenerator(IndexedBatches):
         )
 
 
-def _distinct(rng: np.random.Generator, rows: int, choices: int, n: int) -> np.ndarray:
-    """(rows, n) int64, distinct within each row: below ``choices``, uniform."""
+def distinct(rng: np.random.Generator, rows: int, choices: int, n: int) -> np.ndarray:
+    """Numbers that are distinct within each row, uniform.
+
+    Args:
+        rng: draws them.
+        rows: number of rows.
+        choices: numbers are below it.
+        n: numbers in a row.
+
+    Returns:
+        (rows, n) int64.
+    """
     if choices <= 4 * n:
         return np.argsort(rng.random((rows, choices)), axis=1)[:, :n]
     drawn = rng.integers(choices, size=(rows, n))

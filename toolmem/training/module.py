@@ -88,6 +88,7 @@ class LanguageModelModule(pl.LightningModule):
         self.train_tokens = TokenCount()
         self.train_extras = NamedMeans()
         self.eval_loss = TokenMean()
+        self.eval_accuracy = TokenMean()
         self.reported: dict[str, tuple[int, float]] = {}
         self._pending = 0  # this rank's loss-bearing tokens in the gradients gathered so far
         self._restored_gradients: dict[str, Tensor] = {}
@@ -114,6 +115,25 @@ class LanguageModelModule(pl.LightningModule):
         self, batch: Batch, hidden: Callable[..., Tensor], extras: Extras | None = None
     ) -> Tensor:
         """Cross-entropy of each loss-bearing token in reading order, in nats, float32 or wider."""
+        logits, targets = self.logits_and_targets(batch, hidden, extras)
+        if extras is not None and self.z_loss:
+            squares = logits.logsumexp(dim=-1).square()
+            extras.add_loss("train/z_loss", self.z_loss * squares.sum() / max(len(squares), 1))
+        return F.cross_entropy(logits, targets, reduction="none")
+
+    def logits_and_targets(
+        self, batch: Batch, hidden: Callable[..., Tensor], extras: Extras | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What is predicted of each loss-bearing token in reading order, and what it is.
+
+        Args:
+            batch: the batch, on the model's device.
+            hidden: the model's body.
+            extras: takes the model's own terms of the loss, and its figures.
+
+        Returns:
+            (tokens, vocab_size) float32 or wider, and (tokens,) int64.
+        """
         states = hidden(batch.tokens, documents=batch.documents, spans=batch.spans, extras=extras)
         if extras is not None and self.model.multi_token is not None:
             self.model.multi_token.add_losses(
@@ -133,10 +153,7 @@ class LanguageModelModule(pl.LightningModule):
         logits = self.model.logits(states)
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
-        if extras is not None and self.z_loss:
-            squares = logits.logsumexp(dim=-1).square()
-            extras.add_loss("train/z_loss", self.z_loss * squares.sum() / max(len(squares), 1))
-        return F.cross_entropy(logits, targets, reduction="none")
+        return logits, targets
 
     # ---- training
 
@@ -243,28 +260,37 @@ class LanguageModelModule(pl.LightningModule):
     # ---- evaluation
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add up the batch's loss."""
-        self.eval_loss.update(*self.loss_sum(batch))
+        """Add up the batch's loss, and its right answers where the data asks for them."""
+        logits, targets = self.logits_and_targets(batch, self.model.hidden)
+        self.eval_loss.update(F.cross_entropy(logits, targets, reduction="sum"), targets.numel())
+        if getattr(self.trainer.datamodule, "wants_accuracy", False):  # type: ignore[attr-defined]
+            self.eval_accuracy.update((logits.argmax(-1) == targets).sum(), targets.numel())
 
     test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
-        """Log ``val/loss``, the mean over all loss-bearing tokens in nats."""
-        self._finish_evaluation("val/loss")
+        """Log ``val/loss``, the mean over all loss-bearing tokens in nats, and ``val/accuracy``, the
+        share of them that are predicted right, where the data asks for it.
+        """
+        self._finish_evaluation("val")
 
     def on_test_epoch_end(self) -> None:
-        """Log ``test/loss``, the mean over all loss-bearing tokens in nats."""
-        self._finish_evaluation("test/loss")
+        """Log ``test/loss`` and ``test/accuracy``, as validation does."""
+        self._finish_evaluation("test")
 
-    def _finish_evaluation(self, name: str) -> None:
-        value = self.eval_loss.compute().item()
-        self.eval_loss.reset()
+    def _finish_evaluation(self, group: str) -> None:
+        metrics = {f"{group}/loss": self.eval_loss}
+        if self.eval_accuracy.update_called:
+            metrics[f"{group}/accuracy"] = self.eval_accuracy
+        values = {name: metric.compute().item() for name, metric in metrics.items()}
+        for metric in metrics.values():
+            metric.reset()
         fitting = self.trainer.state.fn == TrainerFn.FITTING
         with warnings.catch_warnings():  # outside of training there need be no logger
             warnings.filterwarnings("ignore", ".*but have no logger configured.*")
-            self.log(name, value, logger=not fitting, sync_dist=True)
+            self.log_dict(values, logger=not fitting, sync_dist=True)
         if fitting and not self.trainer.sanity_checking:
-            self.report({name: value})
+            self.report(values)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Each row's summed loss in nats (``loss``), and its loss-bearing tokens (``count``)."""
