@@ -258,10 +258,11 @@ class Sampling:
 
 def constrain(logits: Tensor, constraint: Constraint, histories: Sequence[History]) -> Tensor:
     """``logits`` (lanes, vocab) at -inf where the constraint does not allow a token."""
-    allowed = [constraint.allowed(history) for history in histories]
-    everything = torch.ones(logits.shape[-1], dtype=torch.bool)
-    masks = torch.stack([everything if mask is None else mask for mask in allowed])
-    return logits.masked_fill(~masks.to(logits.device), -torch.inf)
+    allowed = torch.zeros(logits.shape, dtype=torch.bool)  # a head may be wider than the vocabulary
+    for lane, history in enumerate(histories):
+        mask = constraint.allowed(history)
+        allowed[lane, : None if mask is None else len(mask)] = True if mask is None else mask
+    return logits.masked_fill(~allowed.to(logits.device), -torch.inf)
 
 
 def choose(
