@@ -68,6 +68,18 @@ def test_no_repeat_ngrams_equals_transformers(n, length):
     assert torch.equal(ours.forbid_repeated_ngrams(x, tokens.tolist(), n), expected)
 
 
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_ragged_histories_forbid_what_each_alone_forbids(n):
+    rows = [row[: i % 9] for i, row in enumerate(histories(vocab=3).tolist())]
+    x = torch.zeros(LANES, VOCAB)
+    together = ours.forbid_repeated_ngrams(x, rows, n)
+    for lane, row in enumerate(rows):
+        grams = {tuple(row[i : i + n]) for i in range(len(row) - n + 1)}
+        prefix = tuple(row[len(row) - n + 1 :]) if len(row) >= n - 1 else None
+        banned = {g[-1] for g in grams if g[:-1] == prefix}
+        assert set(together[lane].isneginf().nonzero()[:, 0].tolist()) == banned
+
+
 def test_bias_equals_transformers():
     x = logits(2)
     bias = {3: 2.5, 7: -4.0, 49: 0.25, 8: -math.inf}

@@ -66,6 +66,16 @@ def test_what_is_cut_is_never_drawn():
         assert drawn == (1 if uniform < 1 / (1 + math.e) else 3)
 
 
+def test_the_last_tokens_are_not_drawn_when_they_are_cut():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(500, 40, generator=generator)
+    logits[:, 25:] = -math.inf
+    edge = torch.full((500,), 1 - 2**-53, dtype=torch.float64)
+    assert torch.equal(draw(logits, edge), torch.full((500,), 24))
+    logits[:, :5] = -math.inf
+    assert torch.equal(draw(logits, torch.zeros(500)), torch.full((500,), 5))
+
+
 def test_frequencies_follow_temperature():
     logits = torch.tensor([[0.0, 1.0, 2.0]]).expand(20_000, -1)
     uniform = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
@@ -187,3 +197,16 @@ def test_top_log_probs():
     total = math.log(1 + math.e + math.e**2)
     assert values[0].tolist() == pytest.approx([2 - total, 1 - total], abs=1e-6)
     assert top_log_probs(logits, 9)[0].shape == (2, 3)
+
+
+def test_many_lanes_are_cut_into_pieces_and_no_lanes_give_nothing(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(10, 20, generator=generator)
+    uniform = torch.rand(10, generator=generator, dtype=torch.float64)
+    histories = [History([n, n], [USER] * 2, 2) for n in range(10)]
+    for sampler in (Sampling(top_p=0.8), Sampling(repetition_penalty=2.0), Greedy()):
+        whole = choose(sampler, logits, uniform, histories)
+        with monkeypatch.context() as patch:
+            patch.setattr("toolmem.generation.sampling.CHUNK", 61)  # 3 lanes
+            assert torch.equal(choose(sampler, logits, uniform, histories), whole)
+        assert choose(sampler, logits[:0], uniform[:0], []).shape == (0,)

@@ -21,7 +21,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "recall of a trained model, with exact counts and intervals",
     ),
     "inspect": ("toolmem.cli.inspect", "parameters, FLOPs and memory of a recipe's model"),
-    "sweep": ("toolmem.cli.sweep", "many runs from one recipe: a grid, one file of results, a plot"),
+    "sweep": (
+        "toolmem.cli.sweep",
+        "many runs from one recipe: a grid, one file of results, a plot",
+    ),
     "plot": ("toolmem.cli.plot", "pictures of a run: norms of its layers over steps"),
     "facts": ("toolmem.cli.facts", "build a factbase, or show one"),
     "tool": ("toolmem.cli.tool", "try a tool by hand"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -95,13 +96,14 @@ def token_counts(histories: Sequence[Sequence[int]], like: Tensor) -> Tensor:
         like: (lanes, vocab), whose shape and device are taken.
 
     Returns:
-        (lanes, vocab) int64.
+        (lanes, vocab) int32.
     """
     lengths = torch.tensor([len(history) for history in histories])
     lanes = torch.arange(len(histories)).repeat_interleave(lengths)
     tokens = torch.tensor([token for history in histories for token in history], dtype=torch.int64)
-    flat = lanes * like.shape[-1] + tokens
-    return torch.bincount(flat, minlength=like.numel()).view(like.shape).to(like.device)
+    counts = torch.zeros(like.shape, dtype=torch.int32)
+    ones = torch.ones(len(tokens), dtype=torch.int32)
+    return counts.index_put_((lanes, tokens), ones, accumulate=True).to(like.device)
 
 
 def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -121,7 +123,7 @@ def penalise_frequency(logits: Tensor, counts: Tensor, frequency: float, presenc
 
     Args:
         logits: (lanes, vocab).
-        counts: (lanes, vocab) int64, how often each token was written.
+        counts: (lanes, vocab) integers, how often each token was written.
         frequency: taken off for each time.
         presence: taken off once.
     """
@@ -136,12 +138,19 @@ def forbid_repeated_ngrams(logits: Tensor, histories: Sequence[Sequence[int]], n
         histories: token ids of each lane.
         n: tokens of an n-gram, 1 or more.
     """
-    banned = torch.zeros(logits.shape, dtype=torch.bool)
+    longest = max(map(len, histories))
+    if longest < n:
+        return logits
+    padded = np.full((len(histories), longest), -1)  # on the left: all end in the last column
     for lane, history in enumerate(histories):
-        if len(history) >= n:
-            grams = torch.tensor(history).unfold(0, n, 1)
-            prefix = torch.tensor(history[len(history) - n + 1 :], dtype=torch.int64)
-            banned[lane, grams[(grams[:, :-1] == prefix).all(dim=-1), -1]] = True
+        padded[lane, longest - len(history) :] = history
+    grams = torch.from_numpy(padded).unfold(1, n, 1)
+    # A prefix with padding in it is a whole history, which nothing has followed yet.
+    prefix = grams[:, -1, 1:]
+    same = (grams[..., :-1] == prefix[:, None]).all(dim=-1) & (grams[..., -1] >= 0)
+    lanes, places = same.nonzero(as_tuple=True)
+    banned = torch.zeros(logits.shape, dtype=torch.bool)
+    banned[lanes, grams[lanes, places, -1]] = True
     return rule_out(logits, banned.to(logits.device))
 
 

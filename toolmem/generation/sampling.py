@@ -34,6 +34,9 @@ from toolmem.errors import ToolmemError
 from toolmem.generation import processors
 from toolmem.generation.turns import ASSISTANT
 
+# Logits that a CPU works on at once: what a sampler makes on the way should stay in the cache.
+CHUNK = 2**17
+
 
 class History(NamedTuple):
     """What a lane holds so far.
@@ -103,9 +106,12 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     Returns:
         (lanes,) int64.
     """
-    cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
-    threshold = uniform.to(cumulative)[:, None] * cumulative[:, -1:]
-    return (cumulative <= threshold).sum(dim=-1).clamp(max=logits.shape[-1] - 1)
+    weights = (logits - logits.amax(dim=-1, keepdim=True)).exp()
+    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    # Below the total even where the product rounds up: else a token that is ruled out could be drawn.
+    threshold = (uniform.to(cumulative)[:, None] * total).minimum(total.nextafter(-total))
+    return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
 
 
 @dataclass(frozen=True)
@@ -304,9 +310,18 @@ def _call(
     uniform: Tensor | None,
     histories: Sequence[History] | None,
 ) -> Tensor:
-    if getattr(sampler, "needs_history", False):
-        return sampler(logits, uniform, _needed(histories))
-    return sampler(logits, uniform)
+    at_once = max(1, len(logits))
+    if logits.device.type == "cpu":
+        at_once = max(1, CHUNK // logits.shape[-1])
+    chosen = []
+    for start in range(0, max(1, len(logits)), at_once):
+        rows = slice(start, start + at_once)
+        numbers = None if uniform is None else uniform[rows]
+        if getattr(sampler, "needs_history", False):
+            chosen.append(sampler(logits[rows], numbers, _needed(histories)[rows]))
+        else:
+            chosen.append(sampler(logits[rows], numbers))
+    return chosen[0] if len(chosen) == 1 else torch.cat(chosen)
 
 
 def _needed(histories: Sequence[History] | None) -> Sequence[History]:

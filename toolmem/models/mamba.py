@@ -192,6 +192,7 @@ class Mamba(LanguageModel):
         residual_conv: taps of a short convolution on each branch's input (Canon layers); 0 for none.
         sandwich_norm: normalise also what each branch adds.
         initialization: a scheme of ``initialization.py``.
+        mup_base_dim: the width at which the learning rate was tuned, for ``initialization: mup``.
         norm_eps: epsilon of the norms.
         bias: biases in projections and layer norms.
         kernel: ``torch``, or ``mamba_ssm`` for the authors' CUDA kernel.
@@ -223,6 +224,7 @@ class Mamba(LanguageModel):
         residual_conv: int = 0,
         sandwich_norm: bool = False,
         initialization: str = "scaled",
+        mup_base_dim: int | None = None,
         norm_eps: float = 1e-5,
         bias: bool = False,
         kernel: Kernel = "torch",
@@ -262,6 +264,7 @@ class Mamba(LanguageModel):
             logit_softcap=logit_softcap,
             dropout=dropout,
             initialization=initialization,
+            mup_base_dim=mup_base_dim,
         )
 
 

@@ -15,10 +15,11 @@ the number of experts that a router scores, the size of a state.
 | a tied head                       | 1, as the embedding  | as at the base  | 1 / r, of the logits  |
 | attention                         |                      | queries 0       | 4 / head_dim          |
 
-It is table 3 of the paper, and for a tied head table 8; the zeros are of its appendix D.2. With ``embedding_scale`` a table is multiplied
-by sqrt(dim), so its variance is divided by r, its rate and a tied head's multiplier by sqrt(r).
-Attention's logits are divided by head_dim and not by its root, since trained queries and keys are
-aligned; the 4 makes it the usual scale for heads of 16. At r = 1 everything but that is `scaled`.
+It is table 3 of the paper, and for a tied head table 8; the zeros are of its appendix D.2. With
+``embedding_scale`` a table is multiplied by sqrt(dim), so its variance is divided by r, its rate and a
+tied head's multiplier by sqrt(r). Attention's logits are divided by head_dim and not by its root, since
+trained queries and keys are aligned; the 4 makes it the usual scale for heads of 16. At r = 1
+everything but that is `scaled`.
 
 A rule for the rest follows from the spectral condition (arXiv 2310.17813): an update of a matrix shall
 have a spectral norm that goes as sqrt(outputs / inputs). Muon's rates: ``toolmem.training.optimizers``.
