@@ -17,6 +17,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ class Training:
         self.module.model.after_optimizer_step(lambda value: value)
         clock.append(time.perf_counter())
         names = ("forward", "backward", "optimizer")
-        parts = {name: b - a for name, a, b in zip(names, clock, clock[1:], strict=True)}
+        parts = {name: b - a for name, (a, b) in zip(names, pairwise(clock), strict=True)}
         return parts | {"step": clock[-1] - clock[0]}
 
 
