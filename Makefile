@@ -25,11 +25,11 @@ help:
 # An environment per set of extras: the stamp is newer than what it was made from, or it is made again.
 define install
 	@if [ -z "$(PYTHON)" ]; then
-		echo "toolmem needs Python 3.11, 3.12 or 3.13, and none is on the PATH. Install one, or name it: make $@ PYTHON=/path/to/python3.11" >&2
+		echo "toolmem needs Python 3.11, 3.12 or 3.13, and none is on the PATH. Install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2
 		exit 2
 	fi
 	if ! "$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'; then
-		echo "toolmem needs Python 3.11, 3.12 or 3.13; $(PYTHON) is $$("$(PYTHON)" -V 2>&1). Name another: make $@ PYTHON=/path/to/python3.11" >&2
+		echo "toolmem needs Python 3.11, 3.12 or 3.13; $(PYTHON) is $$("$(PYTHON)" -V 2>&1). Name another: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2
 		exit 2
 	fi
 	if ! "$(PYTHON)" -c 'import ensurepip' 2>/dev/null; then

@@ -28,6 +28,7 @@ SMOLLM = [
     *TEXT, "--model.model.n_heads", "4", "--model.model.n_kv_heads", "2",
     "--data.train_tokenizer", "300", "--data.val_fraction", "0.2", "--trainer.accumulate_grad_batches", "1",
 ]  # fmt: skip
+TEXT_RECIPES = ["shakespeare", "smollm", "smollm_debug"]
 CUT = {
     "facts_in_weight": FACTS,
     "facts_in_tool": FACTS,
@@ -101,7 +102,15 @@ def test_it_trains_and_goes_on(recipe, data, tmp_path, capsys, monkeypatch):
     assert (tmp_path / recipe / "metrics.csv").read_text().count("\n") >= 4
 
 
-@pytest.mark.parametrize("recipe", [name for name in RECIPES if not name.startswith("facts")])
+def test_every_recipe_on_text_is_known_to_be_one():
+    written = {name: yaml.safe_load((FOLDER / f"{name}.yaml").read_text()) for name in RECIPES}
+    on_text = [
+        n for n in RECIPES if written[n]["data"]["class_path"] == "toolmem.data.TextDataModule"
+    ]
+    assert on_text == TEXT_RECIPES
+
+
+@pytest.mark.parametrize("recipe", TEXT_RECIPES)
 def test_without_data_it_says_where_data_comes_from(recipe, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("TOOLMEM_DATA", raising=False)
     monkeypatch.chdir(tmp_path)

@@ -83,7 +83,7 @@ def make_loader(batches: IterableDataset, num_workers: int = 0) -> DataLoader:
         ToolmemError: for a negative number of processes.
     """
     if num_workers < 0:
-        raise ToolmemError(f"data.num_workers is {num_workers}: it must be 0 or more")
+        raise ToolmemError(f"data.init_args.num_workers is {num_workers}: it must be 0 or more")
     return DataLoader(
         batches,
         batch_size=None,

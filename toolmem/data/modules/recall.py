@@ -41,7 +41,7 @@ class SyntheticDataModule(StatefulDataModule):
     ) -> None:
         super().__init__()
         if val_batches < 1:
-            raise ToolmemError("data.val_batches must be at least 1")
+            raise ToolmemError("data.init_args.val_batches must be at least 1")
         self.vocab_size = vocab_size
         self.seq_len = seq_len
         self.batch_size = batch_size
