@@ -14,7 +14,7 @@ CHUNK = 1000  # tokens of a prefill at once
 
 @torch.no_grad()
 def flatness(model: LanguageModel, tokens: int, rounds: int) -> dict[str, float]:
-    """Seconds a token after SHORT tokens and after LONG, the two taking turns.
+    """Seconds a token after SHORT tokens and after LONG, the two taking many short turns.
 
     Args:
         model: one with a ``max_seq_len`` of ROOM.
@@ -41,7 +41,8 @@ def flatness(model: LanguageModel, tokens: int, rounds: int) -> dict[str, float]
             for _ in range(tokens):
                 model(one, cache=cache)
             times[length].append((time.perf_counter() - began) / tokens)
-    # The fastest round of each: whatever else the machine does can only add to a time.
+    # The fastest turn of each: whatever else the machine does can only add to a time, and a short turn
+    # has the better chance that it does nothing else.
     near, far = (min(seconds) for seconds in times.values())
     return {
         f"ms_per_token_after_{SHORT}": 1e3 * near,
