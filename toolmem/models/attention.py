@@ -18,7 +18,7 @@ from toolmem.models.cache import AttentionCache, WindowCache
 from toolmem.models.context import Context
 from toolmem.models.flops import PairWork, attention_work, register_flops
 from toolmem.models.layers import RMSNorm, ShortConvolution
-from toolmem.models.masks import causal_mask, ring_mask
+from toolmem.models.masks import causal_mask
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -254,22 +254,11 @@ class Attention(HeadMixing):
             cache: this layer's state, written to.
         """
         queries, keys, values = self.project(x, context, cache)
-        queries = queries.transpose(1, 2)
-        if isinstance(cache, WindowCache):
-            positions, spans = context.positions, context.spans
-            keys, values, key_positions, key_spans = cache.take_in(
-                keys, values, positions, context.counts, spans
-            )
-            mask = ring_mask(positions, key_positions, self.window, spans, key_spans)
-            return self._finish(self.attend(queries, keys, values, mask))
-        if cache is not None and context.slots is not None:
-            cache.write(keys, values, context.slots)
-        if cache is not None and context.n_keys:
-            keys = cache.keys[:, :, : context.n_keys]
-            values = cache.values[:, :, : context.n_keys]
+        if cache is not None:
+            y = cache.attend(self, queries, keys, values, context)
         else:
-            keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-        return self._finish(self.attend(queries, keys, values, context.kernel_mask(self.window)))
-
-    def _finish(self, y: Tensor) -> Tensor:
+            mask = context.kernel_mask(self.window)
+            y = self.attend(
+                queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), mask
+            )
         return self.out(y.transpose(1, 2).flatten(2))

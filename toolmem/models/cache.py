@@ -4,19 +4,28 @@ A layer's state is an object of its own, mostly a ``LaneState``: keys and values
 SSM's or an RNN's state. ``Cache`` holds one a layer beside the lanes' lengths. Lanes are ragged: each
 has its own length, and a chunk of new tokens says by ``counts`` how many of each row are real. Padding
 is neither attended to nor kept.
+
+What a layer keeps is of two kinds: what grows with the tokens (``token_dims`` names it: keys and values,
+latents), and what has one size (windows, convolutions' tails, recurrent states). Here every lane has room
+of its own for both; ``paged.py`` lays the first in pages that dialogues share, for the engine.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from toolmem.errors import ToolmemError
+from toolmem.models.masks import ring_mask
+
+if TYPE_CHECKING:
+    from toolmem.models.attention import Attention
+    from toolmem.models.context import Context
 
 
 class LayerCache(Protocol):
@@ -42,6 +51,9 @@ class LaneState:
     """A layer's state whose attributes are tensors with a lane in their first dimension, other such
     states, or plain values; and nothing more needs to be said.
     """
+
+    # The tensors that grow with a lane's tokens, and the dimension in which they do.
+    token_dims: ClassVar[Mapping[str, int]] = {}
 
     def _tensors(self) -> dict[str, Tensor]:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -182,6 +194,17 @@ class Cache:
         if self.spans is not None and lanes.spans is not None:
             self.spans = torch.cat((self.spans, lanes.spans.to(self.device)))
 
+    def key_spans(self, slots: Tensor, spans: Tensor) -> Tensor | None:
+        """Note a chunk's spans, and give those of all tokens; None where none are kept.
+
+        Args:
+            slots: (batch, seq) int64, where the chunk's tokens go.
+            spans: (batch, seq) int64, -1 for none.
+        """
+        if self.spans is not None:
+            self.spans.scatter_(1, slots, spans)
+        return self.spans
+
     @property
     def device(self) -> torch.device:
         """Where the lengths live."""
@@ -205,10 +228,48 @@ class Cache:
         return self.lengths.shape[0]
 
 
-class AttentionCache(LaneState):
-    """Keys and values of one attention layer.
+class TokenState(LaneState):
+    """A state with tensors that grow with the tokens (``token_dims``), each lane's in a row of its own.
 
-    The last slot is where padding is written; nothing looks at it.
+    The last slot of a row is where padding is written; nothing looks at it.
+    """
+
+    def write(self, context: Context, **new: Tensor) -> None:
+        """Keep new tokens.
+
+        Args:
+            context: of the forward pass.
+            new: by name, (batch, seq, ...): as the tensor, its lanes and tokens first.
+        """
+        assert context.slots is not None
+        rows, slots = self.places(context.slots)
+        for name, value in new.items():
+            tensor: Tensor = getattr(self, name)
+            tensor.movedim(self.token_dims[name], 1)[rows, slots] = value.to(tensor.dtype)
+
+    def places(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Where tokens go: indices into the first and the token dimension.
+
+        Args:
+            slots: (batch, seq) int64, places in the lanes.
+        """
+        return torch.arange(slots.shape[0], device=slots.device)[:, None], slots
+
+    def read(self, name: str, context: Context) -> Tensor:
+        """The tensor of this name as far as any lane of this forward pass goes."""
+        tensor: Tensor = getattr(self, name)
+        return tensor.narrow(self.token_dims[name], 0, context.n_keys)
+
+    def reserve(self, max_len: int) -> None:
+        """Lengthen every lane to ``max_len`` slots (and the one for padding)."""
+        for name, dim in self.token_dims.items():
+            tensor: Tensor = getattr(self, name)
+            more = [0, 0] * (tensor.ndim - 1 - dim) + [0, max_len + 1 - tensor.shape[dim]]
+            setattr(self, name, F.pad(tensor, more))
+
+
+class AttentionCache(TokenState):
+    """Keys and values of one attention layer.
 
     Args:
         batch_size: number of lanes.
@@ -219,6 +280,7 @@ class AttentionCache(LaneState):
         dtype: of keys and values.
     """
 
+    token_dims = {"keys": 2, "values": 2}
     tail: Tensor  # (batch, width - 1, channels): the short convolution's last inputs, where there is one
 
     def __init__(
@@ -235,22 +297,27 @@ class AttentionCache(LaneState):
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
 
-    def write(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
-        """Store new keys and values.
+    def attend(
+        self, mixer: Attention, queries: Tensor, keys: Tensor, values: Tensor, context: Context
+    ) -> Tensor:
+        """Keep new tokens, and let their queries look at all that they may.
 
         Args:
+            mixer: the layer.
+            queries: (batch, seq, n_heads, head_dim).
             keys: (batch, seq, n_kv_heads, head_dim).
-            values: (batch, seq, n_kv_heads, head_dim).
-            slots: (batch, seq) int64, where each goes.
-        """
-        lanes = torch.arange(slots.shape[0], device=slots.device)[:, None]
-        self.keys[lanes, :, slots] = keys.to(self.keys.dtype)
-        self.values[lanes, :, slots] = values.to(self.values.dtype)
+            values: the same.
+            context: of the forward pass.
 
-    def reserve(self, max_len: int) -> None:
-        """Lengthen every lane to ``max_len`` slots (and the one for padding)."""
-        more = (0, 0, 0, max_len + 1 - self.keys.shape[2])
-        self.keys, self.values = F.pad(self.keys, more), F.pad(self.values, more)
+        Returns:
+            (batch, n_heads, seq, head_dim).
+        """
+        self.write(context, keys=keys, values=values)
+        if context.n_keys:
+            keys, values = self.read("keys", context), self.read("values", context)
+        else:  # the chunk is all there is
+            keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+        return mixer.attend(queries.transpose(1, 2), keys, values, context.mask(mixer.window))
 
 
 class WindowCache(AttentionCache):
@@ -264,6 +331,8 @@ class WindowCache(AttentionCache):
         device: where it lives.
         dtype: of keys and values.
     """
+
+    token_dims = {}  # a ring has one size
 
     def __init__(
         self,
@@ -279,6 +348,17 @@ class WindowCache(AttentionCache):
         shape = (batch_size, window + 1)
         self.positions = torch.full(shape, -1, dtype=torch.int64, device=device)
         self.spans = torch.full(shape, -1, dtype=torch.int64, device=device)
+
+    def attend(
+        self, mixer: Attention, queries: Tensor, keys: Tensor, values: Tensor, context: Context
+    ) -> Tensor:
+        """As ``AttentionCache.attend``: the window before the chunk, and the chunk itself."""
+        positions, spans = context.positions, context.spans
+        keys, values, key_positions, key_spans = self.take_in(
+            keys, values, positions, context.counts, spans
+        )
+        mask = ring_mask(positions, key_positions, self.window, spans, key_spans)
+        return mixer.attend(queries.transpose(1, 2), keys, values, mask)
 
     def take_in(
         self,
@@ -313,8 +393,9 @@ class WindowCache(AttentionCache):
         # of a chunk longer than the window only its end is kept; the rest goes where padding goes
         kept = real & (index >= length[:, None] - self.window)
         slots = torch.where(kept, positions % self.window, self.window)
-        self.write(keys, values, slots)
         lanes = torch.arange(len(slots), device=slots.device)[:, None]
+        self.keys[lanes, :, slots] = keys.to(self.keys.dtype)
+        self.values[lanes, :, slots] = values.to(self.values.dtype)
         self.positions[lanes, slots] = torch.where(kept, positions, -1)
         self.spans[lanes, slots] = torch.where(kept, spans, -1)
         return all_keys, all_values, all_positions, all_spans

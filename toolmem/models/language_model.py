@@ -349,12 +349,13 @@ class LanguageModel(nn.Module):
             # Padding goes to the slot that nothing looks at, and takes a position that exists.
             slots = torch.where(index < counts[:, None], positions, cache.max_len)
             positions = positions.clamp(max=self.max_seq_len - 1)
-        if cache.spans is not None:
+        key_spans = None
+        if self.attention_mask == "prefix":
             spans = torch.full_like(tokens, -1) if spans is None else spans
             if counts is not None:
                 spans = torch.where(index < counts[:, None], spans, -1)
-            cache.spans.scatter_(1, slots, spans)
-        context = Context(positions, counts=counts, slots=slots, spans=spans, key_spans=cache.spans)
+            key_spans = cache.key_spans(slots, spans)
+        context = Context(positions, counts=counts, slots=slots, spans=spans, key_spans=key_spans)
         if cache.longest:  # else the chunk is all there is, and plain causal attention serves
             context.n_keys = longest
         if self.rotary:

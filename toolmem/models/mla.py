@@ -16,12 +16,11 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from toolmem.errors import ToolmemError
 from toolmem.models.attention import HeadMixing, head_sizes, rotate
-from toolmem.models.cache import LaneState
+from toolmem.models.cache import TokenState
 from toolmem.models.context import Context
 from toolmem.models.layers import RMSNorm, ShortConvolution
 
@@ -31,7 +30,7 @@ def rope_width(head_dim: int, rope_dim: int | None) -> int:
     return max(2, head_dim // 4 * 2) if rope_dim is None else rope_dim
 
 
-class LatentCache(LaneState):
+class LatentCache(TokenState):
     """Latents and position keys of one layer; the last slot is where padding is written.
 
     Args:
@@ -42,6 +41,7 @@ class LatentCache(LaneState):
         dtype: of what is kept.
     """
 
+    token_dims = {"latents": 1}
     tail: Tensor  # (batch, taps - 1, channels): the short convolution's last inputs, where there is one
 
     def __init__(
@@ -53,15 +53,6 @@ class LatentCache(LaneState):
         dtype: torch.dtype | None = None,
     ) -> None:
         self.latents = torch.zeros(batch_size, max_len + 1, width, device=device, dtype=dtype)
-
-    def write(self, latents: Tensor, slots: Tensor) -> None:
-        """Store new tokens: latents (batch, seq, width) at slots (batch, seq) int64."""
-        lanes = torch.arange(slots.shape[0], device=slots.device)[:, None]
-        self.latents[lanes, slots] = latents.to(self.latents.dtype)
-
-    def reserve(self, max_len: int) -> None:
-        """Lengthen every lane to ``max_len`` slots (and the one for padding)."""
-        self.latents = F.pad(self.latents, (0, 0, 0, max_len + 1 - self.latents.shape[1]))
 
 
 class LatentAttention(HeadMixing):
@@ -189,10 +180,10 @@ class LatentAttention(HeadMixing):
             cache: this layer's state, written to.
         """
         queries, kept = self.compressed(x, context, cache)
-        if cache is not None and context.slots is not None:
-            cache.write(kept, context.slots)
+        if cache is not None:
+            cache.write(context, latents=kept)
         if cache is not None and context.n_keys:
-            kept = cache.latents[:, : context.n_keys].to(queries.dtype)
+            kept = cache.read("latents", context).to(queries.dtype)
             return self.absorbed(queries, kept, context.mask(self.window))
         keys, values = self.expanded(kept)
         y = self.attend(
