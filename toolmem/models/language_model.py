@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from toolmem.errors import ToolmemError
@@ -34,7 +35,7 @@ from toolmem.models.context import Context, Extras
 from toolmem.models.initialization import initialize
 from toolmem.models.layers import RMSNorm
 from toolmem.models.masks import document_positions
-from toolmem.models.multi_token import MultiToken
+from toolmem.models.multi_token import TokensAhead
 
 
 def _recording(init: Callable[..., None]) -> Callable[..., None]:
@@ -112,7 +113,7 @@ class LanguageModel(nn.Module):
         dropout: float = 0.0,
         initialization: str = "scaled",
         mup_base_dim: int | None = None,
-        multi_token: MultiToken | None = None,
+        multi_token: TokensAhead | None = None,
     ) -> None:
         super().__init__()
         mup.check(initialization, mup_base_dim)
@@ -209,9 +210,15 @@ class LanguageModel(nn.Module):
         x = self.embedding(tokens)
         return x if self.scale == 1.0 else x * self.scale
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The head: (..., dim) to (..., vocab_size)."""
-        logits = self.head(hidden if self.logit_scale == 1.0 else hidden * self.logit_scale)
+    def logits(self, hidden: Tensor, weight: Tensor | None = None) -> Tensor:
+        """The head: (..., dim) to (..., vocab_size).
+
+        Args:
+            hidden: what it reads.
+            weight: (vocab_size, dim), of another head in place of the model's own.
+        """
+        x = hidden if self.logit_scale == 1.0 else hidden * self.logit_scale
+        logits = self.head(x) if weight is None else F.linear(x, weight)
         if self.logit_softcap:
             logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)
         return logits
