@@ -9,21 +9,21 @@ To add a tool, write one class with the four members of `Tool` and hand it to a 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-T = TypeVar("T")
+from toolmem.tools.threads import in_thread, runs, start_loop, stop_loop
 
 # The language word after an opening fence counts as one only when a line break follows it.
 FENCE = re.compile(r"```(?:[A-Za-z0-9_+-]*[ \t]*\r?\n)?(.*?)```", re.DOTALL)
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
 GRACE_S = 0.5  # how long past its timeout a tool's event loop may stay silent before it is given up
+HUGE = 2**20  # characters that are not cleaned before they are refused: that would take its time
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,21 @@ class Answer:
         text: one line without control characters; ``error: …`` when it is an error.
         error: whether the query could not be answered.
         seconds: wall time that the answer took.
+        failed: the tool itself failed (it raised, or was silent for too long): the same query may
+            be answered another time. False where the error is about the query.
     """
 
     text: str
     error: bool
     seconds: float
+    failed: bool = False
+
+
+class Question(NamedTuple):
+    """A query that has to be waited for, and the tool that accepts it."""
+
+    tool: Tool
+    query: str
 
 
 @runtime_checkable
@@ -46,7 +56,9 @@ class Tool(Protocol):
     """A source of answers.
 
     A tool may also offer ``answer_now(queries) -> list[Answer | None]``: answers that take
-    microseconds, given without waiting, and None where the query needs `call`.
+    microseconds, given without waiting, and None where the query needs `call`. Attributes
+    ``joinable`` and ``cacheable`` (True where absent) tell `ToolCalls` whether one call may serve
+    all who ask the same at the same time, and whether its answer may be given again later.
     """
 
     name: str
@@ -81,37 +93,17 @@ def cut(text: str, max_bytes: int) -> str:
     return text if len(data) <= max_bytes else data[:max_bytes].decode("utf-8", "ignore")
 
 
-def error_answer(reason: str, seconds: float = 0.0) -> Answer:
-    """An error that a model can read."""
-    return Answer(f"error: {plain_line(reason)}", True, seconds)
-
-
-async def in_thread(function: Callable[..., T], *args: Any) -> T:
-    """Run a synchronous function in a thread of its own and wait for its result.
-
-    Unlike ``asyncio.to_thread`` the thread is a daemon: a function that hangs does not keep the
-    process from ending.
-    """
-    future: Future[T] = Future()
-
-    def work() -> None:
-        if not future.set_running_or_notify_cancel():
-            return
-        try:
-            future.set_result(function(*args))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=work, name="toolmem-tool", daemon=True).start()
-    return await asyncio.wrap_future(future)
+def error_answer(reason: str, seconds: float = 0.0, *, failed: bool = False) -> Answer:
+    """An error that a model can read; ``failed`` as in `Answer`."""
+    return Answer(f"error: {plain_line(reason)}", True, seconds, failed)
 
 
 class Toolbox:
     """Several tools behind one door: finds the query, the tool, and an answer in bounded time.
 
     Tools run on an event loop of the toolbox's own, in a daemon thread, so that one that blocks
-    neither stops the caller's loop nor keeps the process from ending: its loop is given up and the
-    next call gets a new one.
+    neither stops the caller's loop nor keeps the process from ending: its loop is given up, the
+    next call gets a new one, and the tool that blocked gets a thread for each call from then on.
 
     Args:
         tools: asked in this order; the first that accepts a query answers it.
@@ -131,6 +123,7 @@ class Toolbox:
         self.max_answer_bytes = max_answer_bytes
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._blocking: set[str] = set()  # names of tools that have blocked a loop
 
     async def call(self, text: str) -> Answer:
         """Answer what an assistant's turn asks; never raises, whatever the tool does.
@@ -138,20 +131,47 @@ class Toolbox:
         Args:
             text: the whole turn; `extract_query` finds the query in it.
         """
-        query = extract_query(text)
-        tool = self._route(query)
-        quick = self._answers_now(tool, [query])[0]
-        if quick is not None:
-            return quick
-        assert tool is not None  # without a tool the answer is there at once
+        [found] = self.ask_now([text])
+        return found if isinstance(found, Answer) else await self.ask(found)
+
+    async def ask(self, question: Question) -> Answer:
+        """Wait for one tool's answer; never raises, whatever the tool does.
+
+        Args:
+            question: what `ask_now` could not answer.
+        """
         start = time.perf_counter()
         loop = self._running_loop()
-        future = self._submit(self._call_tool(tool, query), loop)
+        future = self._submit(self._call_tool(*question), loop)
         try:
             return await asyncio.wait_for(asyncio.wrap_future(future), self.timeout_s + GRACE_S)
         except TimeoutError:
             self._give_up(loop)
-            return self._timed_out(tool, start)
+            return self._timed_out(question.tool, start)
+
+    def ask_now(self, texts: Sequence[str]) -> list[Answer | Question]:
+        """What can be answered without waiting, in bulk, and what has to be asked, in order.
+
+        Args:
+            texts: one assistant's turn each.
+        """
+        names = ", ".join(each.name for each in self.tools)
+        unknown = error_answer(f"no tool understands this query (tools: {names})")
+        found: list[Answer | Question] = [self.question(text) or unknown for text in texts]
+        asked = {place: each for place, each in enumerate(found) if isinstance(each, Question)}
+        for tool in self.tools:
+            mine = {place: each.query for place, each in asked.items() if each.tool is tool}
+            answers = self._answers_now(tool, list(mine.values()))
+            for place, answer in zip(mine, answers, strict=True):
+                if answer is not None:
+                    found[place] = answer
+        return found
+
+    def question(self, text: str) -> Question | None:
+        """The query in a turn and the tool that accepts it, if any does."""
+        query = extract_query(text)
+        tool = self._route(query)
+        return None if tool is None else Question(tool, query)
 
     def call_many(self, texts: Sequence[str]) -> list[Answer]:
         """Answer many turns, in order: quick ones in bulk, the others concurrently.
@@ -162,39 +182,34 @@ class Toolbox:
         Args:
             texts: one assistant's turn each.
         """
-        queries = [extract_query(text) for text in texts]
-        tools = [self._route(query) for query in queries]
-        answers: list[Answer | None] = [None] * len(queries)
-        for tool in {id(tool): tool for tool in tools}.values():
-            places = [place for place, owner in enumerate(tools) if owner is tool]
-            found = self._answers_now(tool, [queries[place] for place in places])
-            for place, answer in zip(places, found, strict=True):
-                answers[place] = answer
-        start = time.perf_counter()
-        loop = self._running_loop() if None in answers else None
-        waiting = {
-            place: self._submit(self._call_tool(tool, queries[place]), loop)
-            for place, tool in enumerate(tools)
-            if answers[place] is None and tool is not None and loop is not None
-        }
-        deadline = start + self.timeout_s + GRACE_S
-        late = False
-        for place, future in waiting.items():
-            try:
-                answers[place] = future.result(max(0.0, deadline - time.perf_counter()))
-            except TimeoutError:
-                late = True
-                answers[place] = self._timed_out(tools[place], start)
-        if late and loop is not None:
-            self._give_up(loop)
-        return [answer for answer in answers if answer is not None]
+        found = self.ask_now(texts)
+        questions = {place: each for place, each in enumerate(found) if isinstance(each, Question)}
+        answers = {place: each for place, each in enumerate(found) if isinstance(each, Answer)}
+        if questions:
+            start = time.perf_counter()
+            deadline = start + self.timeout_s + GRACE_S
+            loop = self._running_loop()
+            waiting = {
+                place: self._submit(self._call_tool(*question), loop)
+                for place, question in questions.items()
+            }
+            late = False
+            for place, future in waiting.items():
+                try:
+                    answers[place] = future.result(max(0.0, deadline - time.perf_counter()))
+                except TimeoutError:
+                    late = True
+                    answers[place] = self._timed_out(questions[place].tool, start)
+            if late:
+                self._give_up(loop)
+        return [answers[place] for place in range(len(found))]
 
     def close(self) -> None:
         """Close every tool and stop the toolbox's event loop."""
         with self._lock:
             loop, self._loop = self._loop, None
         if loop is not None:
-            _stop(loop)
+            stop_loop(loop)
         for tool in self.tools:
             tool.close()
 
@@ -213,13 +228,10 @@ class Toolbox:
                 continue
         return None
 
-    def _answers_now(self, tool: Tool | None, queries: list[str]) -> list[Answer | None]:
-        """What can be said without waiting; None where the tool has to be called."""
-        if tool is None:
-            names = ", ".join(each.name for each in self.tools)
-            return [error_answer(f"no tool understands this query (tools: {names})")] * len(queries)
+    def _answers_now(self, tool: Tool, queries: list[str]) -> list[Answer | None]:
+        """What a tool says without waiting; None where it has to be called."""
         answer_now = getattr(tool, "answer_now", None)
-        if answer_now is None:
+        if answer_now is None or not queries:
             return [None] * len(queries)
         start = time.perf_counter()
         try:
@@ -235,32 +247,49 @@ class Toolbox:
         try:
             # Not wait_for: its inner task would let a SystemExit through to the loop.
             async with asyncio.timeout(self.timeout_s):
-                answer = await tool.call(query)
+                if tool.name in self._blocking:
+                    answer = await in_thread(asyncio.run, self._bounded(tool, query))
+                else:
+                    task = asyncio.current_task()
+                    assert task is not None
+                    task.set_name(tool.name)  # tells who blocks, should the loop not go on
+                    answer = await tool.call(query)
             return self._limited(answer)
         except (TimeoutError, asyncio.CancelledError):  # cancelled: its loop was given up
             return self._timed_out(tool, start)
         except BaseException as error:  # even SystemExit: it would end the toolbox's loop, not ours
             return self._failed(tool, error, start)
 
+    async def _bounded(self, tool: Tool, query: str) -> Answer:
+        """For a loop of its own: a call that can be cancelled ends with its time."""
+        async with asyncio.timeout(self.timeout_s):
+            return await tool.call(query)
+
     def _limited(self, answer: Answer) -> Answer:
-        text = plain_line(answer.text)
+        text = answer.text
+        if isinstance(text, bytes | bytearray):  # against the protocol, but what is meant is clear
+            text = text.decode("utf-8", "replace")
+        if len(text) > HUGE:
+            if not answer.error:
+                sizes = f"{len(text)} characters, at most {self.max_answer_bytes} bytes"
+                return error_answer(f"answer too long ({sizes})", answer.seconds)
+            text = text[:HUGE]
+        text = plain_line(text)
         if answer.error:
-            return replace(answer, text=cut(text, self.max_answer_bytes))
-        size = len(text.encode("utf-8", "replace"))
-        if size > self.max_answer_bytes:
+            text = cut(text, self.max_answer_bytes)
+        elif (size := len(text.encode("utf-8", "replace"))) > self.max_answer_bytes:
             reason = f"answer too long ({size} bytes, at most {self.max_answer_bytes})"
             return error_answer(reason, answer.seconds)
         return answer if text == answer.text else replace(answer, text=text)
 
-    def _timed_out(self, tool: Tool | None, start: float) -> Answer:
-        name = tool.name if tool is not None else "tool"
-        reason = f"{name} did not answer within {self.timeout_s:g} seconds"
-        return error_answer(reason, time.perf_counter() - start)
+    def _timed_out(self, tool: Tool, start: float) -> Answer:
+        reason = f"{tool.name} did not answer within {self.timeout_s:g} seconds"
+        return error_answer(reason, time.perf_counter() - start, failed=True)
 
     def _failed(self, tool: Tool, error: BaseException, start: float) -> Answer:
         # Its kind only: a message from the depths may hold paths, which are not for the model.
         reason = f"{tool.name} failed ({type(error).__name__})"
-        return error_answer(reason, time.perf_counter() - start)
+        return error_answer(reason, time.perf_counter() - start, failed=True)
 
     def _submit(
         self, work: Coroutine[Any, Any, Answer], loop: asyncio.AbstractEventLoop
@@ -270,36 +299,23 @@ class Toolbox:
         except RuntimeError:  # given up by another caller in this very moment, and closed
             work.close()
             answered: Future[Answer] = Future()
-            answered.set_result(error_answer("the tool is busy, ask again"))
+            answered.set_result(error_answer("the tool is busy, ask again", failed=True))
             return answered
 
     def _running_loop(self) -> asyncio.AbstractEventLoop:
         with self._lock:
             if self._loop is None:
-                loop = self._loop = asyncio.new_event_loop()
-                threading.Thread(target=_serve, args=(loop,), name="toolmem", daemon=True).start()
+                self._loop, _ = start_loop("toolmem")
             return self._loop
 
     def _give_up(self, loop: asyncio.AbstractEventLoop) -> None:
         """Leave a loop that some tool blocks; it ends by itself if the tool ever returns."""
+        if loop is not self._loop or runs(loop):  # a tool that will not be cancelled blocks nobody
+            return
+        guilty = asyncio.current_task(loop)
         with self._lock:
+            if guilty is not None:
+                self._blocking.add(guilty.get_name())
             if self._loop is loop:
                 self._loop = None
-        _stop(loop)
-
-
-def _serve(loop: asyncio.AbstractEventLoop) -> None:
-    asyncio.set_event_loop(loop)
-    try:
-        loop.run_forever()
-        tasks = asyncio.all_tasks(loop)
-        for task in tasks:
-            task.cancel()
-        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-    finally:
-        loop.close()
-
-
-def _stop(loop: asyncio.AbstractEventLoop) -> None:
-    with contextlib.suppress(RuntimeError):  # it has closed by itself
-        loop.call_soon_threadsafe(loop.stop)
+        stop_loop(loop)

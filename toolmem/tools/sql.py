@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from toolmem.errors import ToolmemError
-from toolmem.tools.base import Answer, cut, error_answer, in_thread, plain_line
+from toolmem.tools.base import Answer, cut, error_answer, plain_line
 from toolmem.tools.sql_check import RefusedError, check_select
+from toolmem.tools.threads import in_thread
 
 if TYPE_CHECKING:
     import duckdb
@@ -37,7 +38,7 @@ LOOKUP = re.compile(
 ADDRESSED = re.compile(r"\s*(?:FIND|SELECT|WITH|FROM|VALUES)\b", re.IGNORECASE)
 FORBIDDEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 NO_MATCH = "no match"
-BULK = 8  # from this many names on, one join over the table beats a look into the index each
+BULK = 3  # from this many names on, one join over the table beats a look into the index each
 CACHED_ROWS = 16_384
 CACHED_ANSWERS = 4_096
 ADVICE = "build one with `toolmem facts build --people N --out FILE`"
