@@ -20,6 +20,7 @@ from toolmem.data.text.tokens import TokenGenerator, held_out_batches
 from toolmem.data.text.windows import WindowGenerator
 from toolmem.data.tokenizers import ByteTokenizer, Tokenizer, make_tokenizer
 from toolmem.errors import ToolmemError
+from toolmem.files import cache_folder
 
 DEFAULT_VAL_BATCHES = 50
 TOKENIZER_TRAINING_CHARS = 50_000_000
@@ -331,12 +332,3 @@ def _blocks(text: str) -> Any:
         stop = text.find("\n", start + _ENCODED_AT_ONCE) + 1 or len(text)
         yield text[start:stop]
         start = stop
-
-
-def cache_folder() -> Path:
-    """Where what can be made again is kept: ``TOOLMEM_CACHE``, or ``~/.cache/toolmem``."""
-    folder = os.environ.get("TOOLMEM_CACHE")
-    if folder:
-        return Path(folder)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "toolmem"
