@@ -129,7 +129,7 @@ def test_callable_within_a_running_loop():
         (raises(SystemExit(3)), "echo failed"),
         (raises(KeyboardInterrupt()), "echo failed"),
         (raises(TimeoutError()), "did not answer"),
-        (raises(asyncio.CancelledError()), "did not answer"),
+        (raises(asyncio.CancelledError()), "echo failed (CancelledError)"),
         (lambda: None, "echo failed"),
         (lambda: "text", "echo failed"),
         (lambda: Answer("x" * 513, False, 0.0), "answer too long (513 bytes, at most 512)"),

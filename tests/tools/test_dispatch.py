@@ -121,7 +121,7 @@ def test_quick_tools_answer_at_once_and_in_bulk(factbase):
     with Toolbox([tool, Calculator()]) as toolbox, ToolCalls(toolbox) as calls:
         futures = calls.submit([*questions, "CALCULATE 2 + 3", "what?", "FIND x FOR y"])
         assert all(future.done() for future in futures)
-        assert calls._thread is None, "no thread for what needs none"
+        assert calls._worker is None, "no thread for what needs none"
         answers = results(futures)
         assert [answer.text for answer in answers[:65]] == ["Peru"] * 64 + ["5"]
         assert answers[65].error and answers[66].error
@@ -336,7 +336,7 @@ def test_nobody_closes_them():
     with Toolbox([Scripted()]) as toolbox:
         calls = ToolCalls(toolbox)
         assert texts(calls.submit(["a"])) == ["A"]
-        thread = calls._thread
+        thread = calls._worker.thread
         del calls
         assert eventually(lambda: gc.collect() is None or not thread.is_alive())
 

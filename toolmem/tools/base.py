@@ -12,7 +12,7 @@ import asyncio
 import re
 import threading
 import time
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -132,22 +132,53 @@ class Toolbox:
             text: the whole turn; `extract_query` finds the query in it.
         """
         [found] = self.ask_now([text])
-        return found if isinstance(found, Answer) else await self.ask(found)
-
-    async def ask(self, question: Question) -> Answer:
-        """Wait for one tool's answer; never raises, whatever the tool does.
-
-        Args:
-            question: what `ask_now` could not answer.
-        """
+        if isinstance(found, Answer):
+            return found
         start = time.perf_counter()
         loop = self._running_loop()
-        future = self._submit(self._call_tool(*question), loop)
+        future = self._submit(found, loop)
         try:
             return await asyncio.wait_for(asyncio.wrap_future(future), self.timeout_s + GRACE_S)
         except TimeoutError:
             self._give_up(loop)
-            return self._timed_out(question.tool, start)
+            return self._timed_out(found.tool, start)
+
+    async def ask(self, question: Question) -> Answer:
+        """Wait for a tool's answer, on the caller's loop; never raises, but for a cancellation.
+
+        A tool that blocks blocks that loop: `call` and `call_many` use one of the toolbox's own.
+
+        Args:
+            question: what `ask_now` could not answer.
+        """
+        tool, query = question
+        start = time.perf_counter()
+        task = asyncio.current_task()
+        assert task is not None
+        try:
+            # Not wait_for: its inner task would let a SystemExit through to the loop.
+            async with asyncio.timeout(self.timeout_s):
+                if tool.name in self._blocking:
+                    answer = await in_thread(asyncio.run, self._bounded(tool, query))
+                else:
+                    task.set_name(
+                        tool.name
+                    )  # tells `blame` who blocks, should the loop stand still
+                    answer = await tool.call(query)
+            return self._limited(answer)
+        except TimeoutError:
+            return self._timed_out(tool, start)
+        except BaseException as error:  # even SystemExit: it would end the loop
+            if isinstance(error, asyncio.CancelledError) and task.cancelling():
+                raise
+            return self._failed(tool, error, start)
+
+    def blame(self, loop: asyncio.AbstractEventLoop) -> asyncio.Task[Any] | None:
+        """The task that holds up a loop; its tool gets a thread for each call from now on."""
+        task = asyncio.current_task(loop)
+        if task is not None:
+            self._blocking.add(task.get_name())
+        return task
 
     def ask_now(self, texts: Sequence[str]) -> list[Answer | Question]:
         """What can be answered without waiting, in bulk, and what has to be asked, in order.
@@ -189,10 +220,7 @@ class Toolbox:
             start = time.perf_counter()
             deadline = start + self.timeout_s + GRACE_S
             loop = self._running_loop()
-            waiting = {
-                place: self._submit(self._call_tool(*question), loop)
-                for place, question in questions.items()
-            }
+            waiting = {place: self._submit(question, loop) for place, question in questions.items()}
             late = False
             for place, future in waiting.items():
                 try:
@@ -242,23 +270,13 @@ class Toolbox:
         except Exception as error:
             return [self._failed(tool, error, start)] * len(queries)
 
-    async def _call_tool(self, tool: Tool, query: str) -> Answer:
+    async def _ask_always(self, question: Question) -> Answer:
+        """`ask`, with an answer even when its loop is given up."""
         start = time.perf_counter()
         try:
-            # Not wait_for: its inner task would let a SystemExit through to the loop.
-            async with asyncio.timeout(self.timeout_s):
-                if tool.name in self._blocking:
-                    answer = await in_thread(asyncio.run, self._bounded(tool, query))
-                else:
-                    task = asyncio.current_task()
-                    assert task is not None
-                    task.set_name(tool.name)  # tells who blocks, should the loop not go on
-                    answer = await tool.call(query)
-            return self._limited(answer)
-        except (TimeoutError, asyncio.CancelledError):  # cancelled: its loop was given up
-            return self._timed_out(tool, start)
-        except BaseException as error:  # even SystemExit: it would end the toolbox's loop, not ours
-            return self._failed(tool, error, start)
+            return await self.ask(question)
+        except asyncio.CancelledError:
+            return self._timed_out(question.tool, start)
 
     async def _bounded(self, tool: Tool, query: str) -> Answer:
         """For a loop of its own: a call that can be cancelled ends with its time."""
@@ -291,9 +309,8 @@ class Toolbox:
         reason = f"{tool.name} failed ({type(error).__name__})"
         return error_answer(reason, time.perf_counter() - start, failed=True)
 
-    def _submit(
-        self, work: Coroutine[Any, Any, Answer], loop: asyncio.AbstractEventLoop
-    ) -> Future[Answer]:
+    def _submit(self, question: Question, loop: asyncio.AbstractEventLoop) -> Future[Answer]:
+        work = self._ask_always(question)
         try:
             return asyncio.run_coroutine_threadsafe(work, loop)
         except RuntimeError:  # given up by another caller in this very moment, and closed
@@ -312,10 +329,8 @@ class Toolbox:
         """Leave a loop that some tool blocks; it ends by itself if the tool ever returns."""
         if loop is not self._loop or runs(loop):  # a tool that will not be cancelled blocks nobody
             return
-        guilty = asyncio.current_task(loop)
+        self.blame(loop)
         with self._lock:
-            if guilty is not None:
-                self._blocking.add(guilty.get_name())
             if self._loop is loop:
                 self._loop = None
         stop_loop(loop)

@@ -16,16 +16,15 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
-from toolmem.tools.base import Answer, Question, Toolbox, error_answer
-from toolmem.tools.threads import in_thread, start_loop, stop_loop
+from toolmem.tools.base import GRACE_S, Answer, Question, Toolbox, error_answer
+from toolmem.tools.threads import WatchedLoop, in_thread
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -85,6 +84,18 @@ class _Batch:
 
     calls: list[_Call] = field(default_factory=list)
     task: asyncio.Task[None] | None = None
+    running: bool = False
+
+
+class _Worker(WatchedLoop):
+    """The event loop that calls are made on; left behind when a tool holds it up."""
+
+    def __init__(self, owner: ToolCalls) -> None:
+        patience_s = getattr(owner.toolbox, "timeout_s", owner.timeout_s) + GRACE_S
+        super().__init__("toolmem-calls", patience_s, owner._leave)
+        self.turns = asyncio.Semaphore(owner.max_concurrent)
+        self.batches: dict[_Batch, None] = {}  # those that are not at their end, oldest first
+        self.running = 0  # calls
 
 
 class ToolCalls:
@@ -133,9 +144,7 @@ class ToolCalls:
         self._cache: OrderedDict[Hashable, Answer] = OrderedDict()
         self._open: dict[int, _Call] = {}  # by identity: those that have not been answered
         self._joinable: dict[Hashable, _Call] = {}
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
-        self._turns: asyncio.Semaphore | None = None
+        self._worker: _Worker | None = None
         self._closed = False
 
     def submit(self, texts: Sequence[str]) -> list[Future[Answer]]:
@@ -184,30 +193,28 @@ class ToolCalls:
                         self._counts["joined"] += 1
                     call.waiters.append(future)
                     future.add_done_callback(partial(self._when_done, call))
-            loop = self._running_loop() if fresh else None
-        if loop is not None:
-            batches = {id(call.batch): call.batch for call in fresh}
-            self._soon(loop, self._start, list(batches.values()))
+            if fresh:
+                self._start(list(dict.fromkeys(call.batch for call in fresh)))
         return futures
 
     def stats(self) -> ToolCallStats:
         """The counts at this moment."""
         with self._lock:
-            waiting = len(self._open) - self._counts["running"]
-            return ToolCallStats(**{**self._counts, "waiting": waiting})
+            running = self._worker.running if self._worker is not None else 0
+            waiting = max(0, len(self._open) - running)
+            return ToolCallStats(**{**self._counts, "running": running, "waiting": waiting})
 
     def close(self) -> None:
         """End every call under way with an error answer, and the thread; the toolbox stays open."""
         with self._lock:
             self._closed = True
-            loop, self._loop = self._loop, None
+            worker, self._worker = self._worker, None
             calls = list(self._open.values())
         for call in calls:
             self._settle(call, error_answer("the tool was closed before it answered", failed=True))
-        if loop is not None:
-            stop_loop(loop)
-            if self._thread is not None and self._thread is not threading.current_thread():
-                self._thread.join(CLOSE_S)
+        if worker is not None:
+            worker.stop()
+            worker.join(CLOSE_S)
 
     def __enter__(self) -> ToolCalls:
         return self
@@ -220,7 +227,7 @@ class ToolCalls:
     ) -> None:
         self.close()
 
-    # In the caller's thread, under the lock.
+    # Under the lock, in any thread.
 
     def _switch(self, question: Question | str, name: str) -> bool:
         if isinstance(question, Question):
@@ -250,22 +257,13 @@ class ToolCalls:
             self._joinable[call.key] = call
         return call
 
-    def _running_loop(self) -> asyncio.AbstractEventLoop:
-        if self._loop is None:
-            self._loop, self._thread = start_loop("toolmem-calls")
-            self._turns = asyncio.Semaphore(self.max_concurrent)
-            weakref.finalize(self, stop_loop, self._loop)  # should nobody close it
-        return self._loop
+    def _start(self, batches: list[_Batch]) -> None:
+        if self._worker is None:
+            self._worker = _Worker(self)
+        self._worker.batches |= dict.fromkeys(batches)
+        self._worker.soon(self._make_tasks, self._worker, batches)
 
-    # From any thread.
-
-    def _soon(
-        self, loop: asyncio.AbstractEventLoop, function: Callable[..., Any], *args: Any
-    ) -> None:
-        try:
-            loop.call_soon_threadsafe(function, *args)
-        except RuntimeError:  # closed in this very moment, and every call answered
-            return
+    # Without the lock, in any thread.
 
     def _when_done(self, call: _Call, future: Future[Answer]) -> None:
         """Let a caller go that no longer waits, and the call with the last of them."""
@@ -279,10 +277,10 @@ class ToolCalls:
             if alone:
                 self._forget(call)
                 self._counts["cancelled"] += 1
-            loop = self._loop
+            worker = self._worker
         future.set_running_or_notify_cancel()  # for those in concurrent.futures.wait
-        if alone and loop is not None:
-            self._soon(loop, self._drop, call)
+        if alone and worker is not None:
+            worker.soon(self._drop, call)
 
     def _forget(self, call: _Call) -> None:
         self._open.pop(id(call), None)
@@ -305,51 +303,91 @@ class ToolCalls:
             if future.set_running_or_notify_cancel():
                 future.set_result(answer)
 
-    # On the loop.
+    def _leave(self, worker: WatchedLoop) -> None:
+        """Go on with a new worker where a tool blocks the loop of this one."""
+        assert isinstance(worker, _Worker)
+        guilty = self._later.blame(worker.loop) if self._later is not None else None
+        if guilty is None:  # not blocked: the machine is slow
+            return
+        lost: list[_Call] = []
+        with self._lock:
+            if self._worker is not worker:
+                return
+            self._worker = None
+            again: list[_Batch] = []
+            known = any(batch.task is guilty for batch in worker.batches)
+            for old in list(worker.batches):
+                calls = [call for call in old.calls if id(call) in self._open]
+                if old.task is guilty or (old.running and not known):
+                    for call in calls:
+                        call.attempts -= 1
+                    lost += [call for call in calls if call.attempts <= 0]
+                    calls = [call for call in calls if call.attempts > 0]
+                    self._counts["retried"] += len(calls)
+                new = _Batch(calls)
+                for call in calls:
+                    call.batch = new
+                if calls:
+                    again.append(new)
+            if again:
+                self._start(again)
+        worker.stop()
+        for call in lost:
+            self._settle(call, self._too_late())
 
-    def _start(self, batches: list[_Batch]) -> None:
+    def _too_late(self) -> Answer:
+        seconds = getattr(self.toolbox, "timeout_s", self.timeout_s)
+        reason = f"the tool did not answer within {seconds:g} seconds"
+        return error_answer(reason, seconds, failed=True)
+
+    # On the worker's loop.
+
+    def _make_tasks(self, worker: _Worker, batches: list[_Batch]) -> None:
         for batch in batches:
-            if any(id(call) in self._open for call in batch.calls):
-                batch.task = asyncio.get_running_loop().create_task(self._run(batch))
+            batch.task = worker.loop.create_task(self._run(worker, batch))
 
     def _drop(self, call: _Call) -> None:
-        if call in call.batch.calls:
-            call.batch.calls.remove(call)
-        if not call.batch.calls and call.batch.task is not None:
-            call.batch.task.cancel()
+        batch = call.batch
+        if call in batch.calls:
+            batch.calls.remove(call)
+        if not batch.calls and batch.task is not None:
+            batch.task.cancel()
 
-    async def _run(self, batch: _Batch) -> None:
+    async def _run(self, worker: _Worker, batch: _Batch) -> None:
         """Ask until each call of the batch has its answer."""
         pause = self.backoff_s
-        while batch.calls:
-            calls = list(batch.calls)
-            answers = await self._attempt(calls)
-            for call, answer in zip(calls, answers, strict=True):
-                call.attempts -= 1
-                if call in batch.calls and not (answer.failed and call.attempts > 0):
-                    batch.calls.remove(call)
-                    self._settle(call, answer)
-            if batch.calls:
-                with self._lock:
-                    self._counts["retried"] += len(batch.calls)
-                await asyncio.sleep(pause * random.uniform(0.5, 1.5))
-                pause *= 2
+        try:
+            while batch.calls:
+                calls = list(batch.calls)
+                answers = await self._attempt(worker, batch, calls)
+                if worker is not self._worker:
+                    return  # left behind: its calls are made again elsewhere
+                for call, answer in zip(calls, answers, strict=True):
+                    call.attempts -= 1
+                    if call in batch.calls and not (answer.failed and call.attempts > 0):
+                        batch.calls.remove(call)
+                        self._settle(call, answer)
+                if batch.calls:
+                    with self._lock:
+                        self._counts["retried"] += len(batch.calls)
+                    await asyncio.sleep(pause * random.uniform(0.5, 1.5))
+                    pause *= 2
+        finally:
+            worker.batches.pop(batch, None)
 
-    async def _attempt(self, calls: list[_Call]) -> list[Answer]:
-        assert self._turns is not None
-        async with self._turns:
-            with self._lock:
-                self._counts["running"] += len(calls)
+    async def _attempt(self, worker: _Worker, batch: _Batch, calls: list[_Call]) -> list[Answer]:
+        async with worker.turns:
+            batch.running = True
+            worker.running += len(calls)
             try:
-                [*questions] = [call.question for call in calls]
+                questions = [call.question for call in calls]
                 if self._later is not None and isinstance(questions[0], Question):
                     return [await self._later.ask(questions[0])]
                 async with asyncio.timeout(self.timeout_s):
                     answers = await in_thread(self.toolbox.call_many, questions)
                 return _checked(answers, len(calls))
             except TimeoutError:
-                reason = f"the tool did not answer within {self.timeout_s:g} seconds"
-                return [error_answer(reason, self.timeout_s, failed=True)] * len(calls)
+                return [self._too_late()] * len(calls)
             except BaseException as error:  # its kind only, and even SystemExit, as in `Toolbox`
                 task = asyncio.current_task()
                 if task is not None and task.cancelling():  # by `_drop` or `close`
@@ -357,8 +395,8 @@ class ToolCalls:
                 reason = f"the tool failed ({type(error).__name__})"
                 return [error_answer(reason, failed=True)] * len(calls)
             finally:
-                with self._lock:
-                    self._counts["running"] -= len(calls)
+                batch.running = False
+                worker.running -= len(calls)
 
 
 def _checked(answers: list[Answer], count: int) -> list[Answer]:

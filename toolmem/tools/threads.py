@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -47,14 +48,14 @@ def stop_loop(loop: asyncio.AbstractEventLoop) -> None:
         loop.call_soon_threadsafe(loop.stop)
 
 
-def runs(loop: asyncio.AbstractEventLoop) -> bool:
-    """Whether a loop takes up work; waits up to `PING_S` to see it."""
+def runs(loop: asyncio.AbstractEventLoop, patience_s: float = PING_S) -> bool:
+    """Whether a loop takes up work within some seconds."""
     taken = threading.Event()
     try:
         loop.call_soon_threadsafe(taken.set)
     except RuntimeError:  # closed
         return False
-    return taken.wait(PING_S)
+    return taken.wait(patience_s)
 
 
 def _serve(loop: asyncio.AbstractEventLoop) -> None:
@@ -67,3 +68,46 @@ def _serve(loop: asyncio.AbstractEventLoop) -> None:
         loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
     finally:
         loop.close()
+
+
+class WatchedLoop:
+    """An event loop in a daemon thread, and a second thread that tells when the first is held up.
+
+    Args:
+        name: of the thread.
+        patience_s: seconds of standing still after which ``when_held_up`` is called.
+        when_held_up: a method, called in the second thread with this object; not kept alive by it.
+            The loop is stopped when the method's object is gone.
+    """
+
+    def __init__(
+        self, name: str, patience_s: float, when_held_up: Callable[[WatchedLoop], None]
+    ) -> None:
+        self.loop, self.thread = start_loop(name)
+        self.patience_s = patience_s
+        self._stopped = threading.Event()
+        self._when_held_up = weakref.WeakMethod(when_held_up, lambda _: self.stop())
+        threading.Thread(target=self._watch, name=f"{name}-watch", daemon=True).start()
+
+    def soon(self, function: Callable[..., Any], *args: Any) -> None:
+        """Call a function on the loop; nothing happens once it is stopped."""
+        with contextlib.suppress(RuntimeError):  # closed
+            self.loop.call_soon_threadsafe(function, *args)
+
+    def stop(self) -> None:
+        """Cancel what runs on the loop and end both threads, without waiting for them."""
+        self._stopped.set()
+        stop_loop(self.loop)
+
+    def join(self, seconds: float) -> None:
+        """After `stop`: wait for the loop's end, but not for one that is held up."""
+        if self.thread is not threading.current_thread() and runs(self.loop):
+            self.thread.join(seconds)
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(self.patience_s / 4):
+            if not runs(self.loop, self.patience_s):
+                method = self._when_held_up()
+                if method is not None:
+                    method(self)
+                del method
