@@ -205,9 +205,8 @@ def mup(model: LanguageModel) -> None:
 
     | parameters                      | variance                       |
     |---------------------------------|--------------------------------|
-    | matrices of which both sizes    | 1 / fan_in                     |
-    | or the outputs alone grow       |                                |
-    | ... of which the inputs alone   | 1 / (r fan_in)                 |
+    | matrices, both sizes grow       | 1 / fan_in                     |
+    | matrices, inputs alone grow     | 1 / (r fan_in)                 |
     | ends of branches                | 1 / (fan_in branches)          |
     | queries, untied head            | 0 (appendix D.2)               |
     | embedding                       | 1, or 1 / mup_base_dim if tied |

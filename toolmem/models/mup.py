@@ -2,14 +2,13 @@
 
 A model is tuned at a base width (``mup_base_dim``) and built at another, r = dim / mup_base_dim times
 as wide, of the same depth. All sizes inside (heads or their width, the feed-forward's width, ...) are
-to grow with ``dim`` but those that a module names in ``mup_fixed_outputs`` and ``mup_fixed_inputs``:
-the number of experts that a router scores, the size of a state.
+to grow with ``dim`` but the outputs of the maps that a module names in ``mup_fixed_outputs`` (the number
+of experts that a router scores), the convolutions' width, and the size of a state.
 
 | parameters                        | AdamW's rate x       | variance        | multiplier            |
 |-----------------------------------|----------------------|-----------------|-----------------------|
 | matrices, both sizes grow         | 1 / r                | 1 / fan_in      |                       |
 | matrices, inputs alone grow       | 1 / r                | 1 / (r fan_in)  |                       |
-| matrices, outputs alone grow      | 1                    | 1 / fan_in      |                       |
 | embeddings, vectors, filters      | 1                    | as at the base  |                       |
 | an untied head                    | 1 / r                | 0               |                       |
 | a tied head                       | 1, as the embedding  | as at the base  | 1 / r, of the logits  |
@@ -20,6 +19,12 @@ It is table 3 of the paper, and for a tied head table 8; the zeros are of its ap
 tied head's multiplier by sqrt(r). Attention's logits are divided by head_dim and not by its root, since
 trained queries and keys are aligned; the 4 makes it the usual scale for heads of 16. At r = 1
 everything but that is `scaled`.
+
+Mamba's B and C come out of maps whose other outputs grow, and are drawn as those are, though they
+themselves stay as wide as the state. By table 3 their variance would be 1 / (r fan_in): what a state
+adds to the stream at the start would then vanish as 1 / r, and what training changes in B and C would
+shrink with the width; drawn as matrices are, both stay (that table 3 fails here: Vankadara et al., On
+feature learning in structured state space models, 2024). ``tests/models/test_mup.py`` measures it.
 
 A rule for the rest follows from the spectral condition (arXiv 2310.17813): an update of a matrix shall
 have a spectral norm that goes as sqrt(outputs / inputs). Muon's rates: ``toolmem.training.optimizers``.
@@ -35,6 +40,7 @@ from torch import Tensor, nn
 from toolmem.errors import ToolmemError
 from toolmem.models.attention import Attention, HeadMixing
 from toolmem.models.linear_maps import linear_maps
+from toolmem.models.mla import LatentAttention
 
 if TYPE_CHECKING:
     from toolmem.models.language_model import LanguageModel
@@ -82,11 +88,15 @@ def parametrize(model: LanguageModel) -> None:
 
 def queries(model: LanguageModel) -> list[Tensor]:
     """The rows of projections that make attention's queries."""
-    return [
-        module.qkv.weight[: module.n_heads * module.head_dim]
-        for module in model.modules()
-        if isinstance(module, Attention)
-    ]
+    found: list[Tensor] = []
+    for module in model.modules():
+        if isinstance(module, Attention):
+            found.append(module.qkv.weight[: module.n_heads * module.head_dim])
+        elif isinstance(module, LatentAttention):
+            of_latents = module.queries
+            rows = module.compress.weight[: module.widths[0]]
+            found.append(rows if of_latents is None else of_latents.weight)
+    return found
 
 
 def width_ratios(model: nn.Module) -> dict[str, Ratios]:
@@ -100,23 +110,17 @@ def width_ratios(model: nn.Module) -> dict[str, Ratios]:
         return {}
     ratio = model.dim / base
     maps = linear_maps(model)
-    fixed_outputs = _fixed(model, "mup_fixed_outputs") | {"head.weight"}
-    fixed_inputs = _fixed(model, "mup_fixed_inputs")
-    unknown = (fixed_outputs | fixed_inputs) - maps.keys() - {"head.weight"}
-    assert not unknown, f"no linear map of that name: {unknown}"
-    return {
-        name: Ratios(
-            1.0 if name in fixed_outputs else ratio, 1.0 if name in fixed_inputs else ratio
-        )
-        for name in maps
-    }
+    fixed = _fixed_outputs(model)
+    assert fixed <= maps.keys(), f"no linear map of that name: {fixed - maps.keys()}"
+    fixed |= {"head.weight"}
+    return {name: Ratios(1.0 if name in fixed else ratio, ratio) for name in maps}
 
 
-def _fixed(model: nn.Module, attribute: str) -> set[str]:
-    """Full names of the parameters that modules name in ``attribute``: their own, or a child's weight."""
+def _fixed_outputs(model: nn.Module) -> set[str]:
+    """Full names of what modules name in ``mup_fixed_outputs``: their own parameters, or a child's weight."""
     names = set()
     for prefix, module in model.named_modules():
-        for name in getattr(module, attribute, ()):
+        for name in getattr(module, "mup_fixed_outputs", ()):
             child = getattr(module, name)
             full = f"{prefix}.{name}" if prefix else name
             names.add(f"{full}.weight" if isinstance(child, nn.Module) else full)
