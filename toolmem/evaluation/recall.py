@@ -24,6 +24,7 @@ from toolmem.generation.turns import split_turns
 if TYPE_CHECKING:
     from toolmem.data.dialogues import Dialogue
     from toolmem.data.tokenizers import Tokenizer
+    from toolmem.generation import Generated
     from toolmem.models import LanguageModel
     from toolmem.tools import Toolbox
 
@@ -52,6 +53,24 @@ def is_recalled(said: str, question: Dialogue) -> bool:
     rest = said[: len(said) - len(ending)]
     # An expected turn that is nothing but the answer leaves no word to tell York from New York by.
     return not rest or (ending != answer and rest[-1].isspace())
+
+
+def is_answered(dialogue: Generated, question: Dialogue, tokenizer: Tokenizer) -> bool:
+    """Whether a generated dialogue was brought to its end, and its last turn gives the exact answer.
+
+    Args:
+        dialogue: what a model and its tools said.
+        question: the dialogue that was expected.
+        tokenizer: the model's.
+    """
+    if dialogue.finish_reason != "end":
+        return False
+    return is_recalled(split_turns(dialogue.tokens, tokenizer)[-1][1], question)
+
+
+def answer_budget(questions: Sequence[Dialogue], tokenizer: Tokenizer) -> int:
+    """Tokens that a model may write: what the longest expected dialogue needs, and some more."""
+    return MARGIN + max((_length(question, tokenizer) for question in questions), default=0)
 
 
 @dataclass(frozen=True)
@@ -216,7 +235,7 @@ def measure_recall(
     """
     metric = Recall(list(dict.fromkeys(question.attribute for question in questions)))
     if max_new_tokens is None:
-        max_new_tokens = MARGIN + max((_length(q, tokenizer) for q in questions), default=0)
+        max_new_tokens = answer_budget(questions, tokenizer)
     generated = generate(
         model,
         tokenizer,
@@ -228,8 +247,7 @@ def measure_recall(
     samples = []
     for question, dialogue in zip(questions, generated, strict=True):
         turns = split_turns(dialogue.tokens, tokenizer)
-        finished = dialogue.finish_reason == "end"
-        correct = finished and is_recalled(turns[-1][1], question)
+        correct = is_answered(dialogue, question, tokenizer)
         metric.update(question.attribute, correct)
         samples.append(
             Sample(

@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "LanguageModelModule": "toolmem.training.module",
+        "GRPO": "toolmem.training.grpo",
         "OptimizerConfig": "toolmem.training.optimizers",
         "AdamW": "toolmem.training.optimizers",
         "Muon": "toolmem.training.optimizers",

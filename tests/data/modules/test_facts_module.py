@@ -207,3 +207,22 @@ def test_mistakes_are_told(options, message):
         make(**options)
     with pytest.raises(ToolmemError, match=r"data.init_args.val_split is unseen"):
         make(unseen_people=0, val_split="unseen").val_dataloader()
+
+
+@pytest.mark.parametrize("layout", ["bucketed", "rows", "packed"])
+def test_which_dialogues_a_batch_tells(layout, monkeypatch):
+    """Read back from its tokens, over an epoch's end, several template sets, and two processes."""
+    for rank in range(2):
+        monkeypatch.setattr(StatefulDataModule, "rank_and_world", (rank, 2))
+        data = make(templates=["in_weight", "paragraphs"], held_out=0.25, layout=layout)
+        for batch in islice(data.train_dataloader(), 14):
+            told = [encode_dialogue(d, data.tokenizer)[0].tolist() for d in data.dialogues(batch)]
+            rows = [[row[0], *rest] for row, rest in zip(
+                batch.tokens.tolist(), batch.targets.tolist(), strict=True
+            )]  # fmt: skip
+            if layout == "packed":
+                inside = str(batch.tokens.flatten().tolist())
+                assert all(str(d[:-1])[1:-1] in inside for d in told)
+                assert batch.n_tokens == sum(len(d) - 1 for d in told)
+            else:
+                assert [row[: len(d)] for row, d in zip(rows, told, strict=True)] == told

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from toolmem.data.batch import Batch
 from toolmem.data.dialogues import Dialogue, QuestionTable, TemplateSet
 from toolmem.data.modules.base import HeldOut, StatefulDataModule
 from toolmem.data.people import Population, make_population, unseen_population
@@ -194,11 +195,16 @@ class FactsDataModule(StatefulDataModule):
         return self._ask(self.template_sets[0], self.unseen_population)
 
     @cached_property
+    def _question_tables(self) -> list[QuestionTable]:
+        """What each template set asks about the people trained on."""
+        others = [self._ask(templates, self.population) for templates in self.template_sets[1:]]
+        return [self.question_table, *others]
+
+    @cached_property
     def table(self) -> TokenTable:
         """All dialogues of all template sets about the people trained on, the first set's first."""
-        tables = [self.question_table]
-        tables += [self._ask(templates, self.population) for templates in self.template_sets[1:]]
-        return TokenTable.concatenate([TokenTable.build(t, self.tokenizer) for t in tables])
+        built = [TokenTable.build(table, self.tokenizer) for table in self._question_tables]
+        return TokenTable.concatenate(built)
 
     @cached_property
     def unseen_table(self) -> TokenTable | None:
@@ -319,7 +325,24 @@ class FactsDataModule(StatefulDataModule):
         state = self.resume_state()
         if state is not None:
             generator.load_state_dict(state)
+        self._stream = generator
         return make_loader(generator, self.num_workers)
+
+    def dialogues(self, batch: Batch) -> list[Dialogue]:
+        """What a batch of the training stream tells: this process's dialogues, in the batch's order.
+
+        Args:
+            batch: from the latest `train_dataloader`.
+        """
+        stream = self._stream
+        chosen = stream.share(stream.dialogues_at(batch.state["batch"] - 1))
+        ends = np.cumsum([len(table) for table in self._question_tables])
+        numbers = np.searchsorted(ends, chosen, side="right")  # the set of each
+        starts = ends - np.diff(ends, prepend=0)
+        return [
+            self._question_tables[number].assembled(int(row - starts[number]))
+            for number, row in zip(numbers, chosen, strict=True)
+        ]
 
     def val_dataloader(self) -> Any:
         """A fixed sample of questions, in order of length."""
