@@ -22,6 +22,7 @@ from toolmem.cli.evaluate import evaluate
 from toolmem.cli.generate import generate
 from toolmem.cli.inspect import inspect as inspect_recipe
 from toolmem.cli.plot import norms as plot_norms
+from toolmem.cli.serve import serve
 from toolmem.cli.sweep import sweep
 from toolmem.cli.tokenizer import train as tokenizer_train
 from toolmem.cli.tool import calculator, sql
@@ -68,6 +69,7 @@ An error is one plain line and exit code 2; nothing half-written stays behind. C
 |---|---|
 | `TOOLMEM_DATA` | where `TextDataModule` reads when `data.path` is not set |
 | `TOOLMEM_CACHE` | where tokenizers that a recipe trains are kept; `~/.cache/toolmem` by default |
+| `TOOLMEM_API_KEY` | the key that `toolmem serve` wants of its clients |
 | `TOOLMEM_DEBUG` | show tracebacks |
 
 """
@@ -189,6 +191,7 @@ def page() -> str:
             text += f"#### {package}.{cls.__name__}\n\n{summary(cls)}{table(cls, '')}"
     text += command("toolmem sweep", sweep, ("recipe",))
     text += command("toolmem generate", generate)
+    text += command("toolmem serve", serve)
     text += command("toolmem evaluate", evaluate)
     text += command("toolmem inspect", inspect_recipe)
     text += command("toolmem plot norms", plot_norms, ("run",))

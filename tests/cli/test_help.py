@@ -24,7 +24,7 @@ HEAVY = {
 }
 # every command line that has a --help of its own
 HELPS = [
-    "demo", "fit", "validate", "test", "predict", "sweep", "generate", "evaluate", "inspect",
+    "demo", "fit", "validate", "test", "predict", "sweep", "generate", "serve", "evaluate", "inspect",
     "inspect init", "plot", "plot norms", "facts", "facts build", "facts show", "tool", "tool sql",
     "tool calculator", "tokenizer", "tokenizer train",
 ]  # fmt: skip

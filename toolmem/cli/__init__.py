@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "test": ("toolmem.cli.fit", "test loss of a checkpoint"),
     "predict": ("toolmem.cli.fit", "log-probability of every token of the held-out data"),
     "generate": ("toolmem.cli.generate", "ask a trained model, tools in the loop"),
+    "serve": ("toolmem.cli.serve", "a trained model behind OpenAI's API, with a chat page"),
     "evaluate": (
         "toolmem.cli.evaluate",
         "recall of a trained model, with exact counts and intervals",
