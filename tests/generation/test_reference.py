@@ -10,6 +10,7 @@ from torch import nn
 from toolmem.errors import ToolmemError
 from toolmem.generation import generate, generate_naive, stream
 from toolmem.generation.reference import token_roles
+from toolmem.models import Transformer
 from toolmem.tools.base import Answer
 
 USER, ASSISTANT, DATABASE, END = 256, 257, 258, 259
@@ -42,31 +43,13 @@ class Echo:
         return [Answer(text.upper(), False, 0.0) for text in texts]
 
 
-class Script(nn.Module):
+class Script(Transformer):
     """Says one text: at position n the token after it; asserts that it is fed that very text."""
 
-    vocab_size = 260
-    attention_mask = "causal"
-
     def __init__(self, prompt, script, max_seq_len=200):
-        super().__init__()
-        self.max_seq_len = max_seq_len
+        super().__init__(260, 8, 1, 1, max_seq_len=max_seq_len)
         self.whole = torch.tensor([*prompt, *script])
-        self.anchor = nn.Parameter(torch.zeros(1))
         self.modes = []
-
-    def new_cache(self, batch, max_len, **_):
-        class Lengths:
-            def __init__(self):
-                self.lengths, self.max_len = torch.zeros(batch, dtype=torch.int64), max_len
-
-            def reserve(self, max_len):
-                self.max_len = max_len
-
-            def gather(self, lanes):
-                self.lengths = self.lengths[lanes]
-
-        return Lengths()
 
     def hidden(self, tokens, cache=None, counts=None, spans=None):
         self.modes.append(self.training)
@@ -78,7 +61,7 @@ class Script(nn.Module):
         kept = torch.arange(tokens.shape[1]) < width[:, None]
         assert (tokens == expected)[real & kept].all(), "the dialogue is not what was scripted"
         if cache is not None:
-            cache.lengths = cache.lengths + width
+            cache.advance(counts, tokens.shape[1])
         return self.whole[(positions + 1).clamp(max=len(self.whole) - 1)][..., None].float()
 
     def logits(self, hidden):

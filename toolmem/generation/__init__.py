@@ -1,4 +1,4 @@
-"""Generation: sampling, the naive loop, and the batched generator that must equal it."""
+"""Generation: sampling, search, the naive loop, and the engine that must equal it."""
 
 from toolmem._lazy import attach
 
@@ -6,19 +6,23 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "Constraint": "toolmem.generation.sampling",
-        "Event": "toolmem.generation.batched",
+        "Engine": "toolmem.generation.engine",
+        "EngineFull": "toolmem.generation.requests",
+        "Event": "toolmem.generation.requests",
         "Generated": "toolmem.generation.reference",
         "Greedy": "toolmem.generation.sampling",
         "History": "toolmem.generation.sampling",
+        "Handle": "toolmem.generation.requests",
         "Hypothesis": "toolmem.generation.beam",
+        "Request": "toolmem.generation.requests",
         "Sampler": "toolmem.generation.sampling",
         "Sampling": "toolmem.generation.sampling",
         "beam_search": "toolmem.generation.beam",
         "choose": "toolmem.generation.sampling",
         "contrastive_search": "toolmem.generation.contrastive",
-        "generate": "toolmem.generation.batched",
+        "generate": "toolmem.generation.engine",
         "generate_naive": "toolmem.generation.reference",
         "n_best": "toolmem.generation.beam",
-        "stream": "toolmem.generation.batched",
+        "stream": "toolmem.generation.engine",
     },
 )

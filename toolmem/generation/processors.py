@@ -98,7 +98,7 @@ def token_counts(histories: Sequence[Sequence[int]], like: Tensor) -> Tensor:
     Returns:
         (lanes, vocab) int32.
     """
-    lengths = torch.tensor([len(history) for history in histories])
+    lengths = torch.tensor([len(history) for history in histories], dtype=torch.int64)
     lanes = torch.arange(len(histories)).repeat_interleave(lengths)
     tokens = torch.tensor([token for history in histories for token in history], dtype=torch.int64)
     counts = torch.zeros(like.shape, dtype=torch.int32)

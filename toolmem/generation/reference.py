@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from toolmem.models.language_model import LanguageModel
     from toolmem.tools.base import Toolbox
 
-FinishReason = Literal["end", "length", "tool_calls"]
+FinishReason = Literal["end", "length", "tool_calls", "stop", "seconds", "cancelled"]
 
 
 @dataclass
@@ -41,7 +41,8 @@ class Generated:
         roles: role code of each token.
         log_probs: the model's own log-probability of each token that it wrote (nats, before
             temperature and truncation), nan for prompt and forced tokens.
-        finish_reason: ``end`` written; ``length`` reached; ``tool_calls``: one too many.
+        finish_reason: ``end`` written; ``length`` reached; ``tool_calls``: one too many; of the engine
+            also ``stop`` (a stop token or string), ``seconds`` (the time was up), ``cancelled``.
         tool_calls: queries with their answers.
         prompt_length: tokens of the prompt.
     """

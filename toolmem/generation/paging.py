@@ -1,0 +1,514 @@
+"""Who owns which page: references, copies on write, a limit of memory, and the way out and back.
+
+A ``Branch`` is the decoding state of one dialogue, or of a node of a tree of dialogues: pages of tokens
+and, where the model keeps something of one size (windows, recurrent states), a slot. Forking a branch
+copies nothing: pages and slot gain a reference, and what is shared is copied when one of the owners
+writes to it.
+
+A branch is *active* while a forward pass may run over it: its pages and slot are in the model's arenas
+(``toolmem.models.paged``) and stay there. Those of others may be sent to host memory, and beyond
+``host_limit`` to a file, the longest idle first, when an active branch needs their place; they come back
+when their branch is activated again. So no limit is ever passed, and nothing is lost.
+
+Paged attention: arXiv 2309.06180. Sharing prefixes by a tree: arXiv 2312.07104 (``prefixes.py``).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from toolmem.errors import ToolmemError
+from toolmem.generation.spill import SpillFile
+from toolmem.models.paged import PagedCache, PagedState, state_sizes
+
+if TYPE_CHECKING:
+    from toolmem.models.language_model import LanguageModel
+
+Kind = Literal["page", "slot"]
+KINDS: tuple[Kind, Kind] = ("page", "slot")
+# Pages for one slot, where a model needs both: as for dialogues of 16 pages.
+PAGES_A_SLOT = 16
+
+
+class NoRoom(Exception):  # noqa: N818 - a state of affairs, which callers see to
+    """Everything in memory is in use by active branches."""
+
+
+class Piece:
+    """A page or a slot, wherever it is at the moment.
+
+    Args:
+        kind: which of them.
+        place: where it lies in the arenas; None while it is elsewhere.
+    """
+
+    __slots__ = ("copies", "droppable", "kind", "pins", "place", "refs", "spilled")
+
+    def __init__(self, kind: Kind, place: int) -> None:
+        self.kind = kind
+        self.place: int | None = place
+        self.refs = 1  # owners: branches, and the tree of prefixes
+        self.pins = 0  # active branches among them
+        self.copies: list[Tensor] | None = None  # on the host
+        self.spilled: int | None = None  # where in the file
+        self.droppable: Callable[[], None] | None = None  # how a mere cache lets go of it
+
+    @property
+    def index(self) -> int:
+        """Where it lies in the arenas: only while it does."""
+        assert self.place is not None
+        return self.place
+
+
+class Branch:
+    """The decoding state of a dialogue; made and changed by ``Pager`` alone."""
+
+    __slots__ = ("_length", "pager", "pages", "row", "slot")
+
+    def __init__(self, pager: Pager) -> None:
+        self.pager = pager
+        self.pages: list[Piece] = []
+        self.slot: Piece | None = None
+        self.row: int | None = None  # of the pager's tables, while active
+        self._length = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens that it holds."""
+        return self._length if self.row is None else int(self.pager.lengths[self.row])
+
+    def pieces(self) -> list[Piece]:
+        """All that it owns."""
+        return self.pages if self.slot is None else [*self.pages, self.slot]
+
+
+class Pager:
+    """All decoding state of one model.
+
+    Args:
+        model: whose.
+        max_active: branches that may be active at once.
+        page_size: tokens of a page.
+        memory_limit: bytes of pages and slots where the model is.
+        host_limit: bytes of them in host memory besides; beyond it they go to a file.
+        folder: where that file is made; the system's folder for temporary files when None. It has no
+            name, so that nothing is left of it.
+
+    Raises:
+        ToolmemError: for limits that cannot hold a single page.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        *,
+        max_active: int,
+        page_size: int = 16,
+        memory_limit: int = 2 * 2**30,
+        host_limit: int = 2 * 2**30,
+        folder: str | Path | None = None,
+    ) -> None:
+        if page_size < 1 or max_active < 1:
+            raise ToolmemError("page_size and max_lanes must be at least 1")
+        self.page_size = page_size
+        page_bytes, slot_bytes = state_sizes(model, page_size)
+        self.capacity = _capacity(memory_limit, page_bytes, slot_bytes)
+        self.state = PagedState(
+            model, self.capacity["page"] + 1, self.capacity["slot"] + 1, page_size
+        )
+        self.bytes_each = {"page": page_bytes, "slot": slot_bytes}
+        self.memory_limit = memory_limit
+        self.host_limit = host_limit
+        self.host_bytes = 0
+        self._folder = folder
+        self._files: dict[Kind, SpillFile] = {}
+        self._fresh = dict.fromkeys(KINDS, 1)  # 0 is padding's
+        self._free: dict[Kind, list[int]] = {kind: [] for kind in KINDS}
+        self._idle: dict[Kind, OrderedDict[Piece, None]] = {kind: OrderedDict() for kind in KINDS}
+        self._host: OrderedDict[Piece, None] = OrderedDict()
+        self.live = dict.fromkeys(KINDS, 0)  # pieces that anybody owns, wherever they are
+        self.paged_out = self.paged_in = 0  # pieces, so far
+        # The tables: a row an active branch.
+        width = -(-model.max_seq_len // page_size) if page_bytes else 0
+        self.pages = np.zeros((max_active, width + 1), dtype=np.int64)
+        self.lengths = np.zeros(max_active, dtype=np.int64)
+        self.slots = np.zeros(max_active, dtype=np.int64)
+        self._owned = np.zeros(max_active, dtype=np.int64)  # pages that it may write its tokens to
+        self._shared = np.zeros(max_active, dtype=bool)  # the last page or the slot may be shared
+        self._branches: list[Branch | None] = [None] * max_active
+        self._free_rows = list(range(max_active - 1, -1, -1))
+
+    # Branches
+
+    def new(self) -> Branch:
+        """A branch without tokens."""
+        return Branch(self)
+
+    def fork(self, branch: Branch) -> Branch:
+        """Another branch of the same tokens; what they share is copied when either writes to it."""
+        new = Branch(self)
+        new._length = branch.length
+        new.pages = branch.pages[: self.pages_for(new._length)]
+        new.slot = branch.slot
+        for piece in new.pieces():
+            piece.refs += 1
+        if branch.row is not None:
+            self._shared[branch.row] = True
+        return new
+
+    def free(self, branch: Branch) -> None:
+        """Give up a branch, active or not."""
+        if branch.row is not None:
+            self.deactivate(branch)
+        for piece in branch.pieces():
+            self.release(piece)
+        branch.pages, branch.slot, branch._length = [], None, 0
+
+    def adopt(self, pages: Sequence[Piece], slot: Piece | None, length: int) -> Branch:
+        """A branch over pieces that somebody else owns too."""
+        new = Branch(self)
+        new.pages, new.slot, new._length = list(pages), slot, length
+        for piece in new.pieces():
+            piece.refs += 1
+        return new
+
+    def touched(self, branch: Branch) -> None:
+        """Note that somebody else has taken a reference to the last page or the slot."""
+        if branch.row is not None:
+            self._shared[branch.row] = True
+
+    def activate(self, branch: Branch) -> int:
+        """Bring a branch in and keep it there.
+
+        Returns:
+            its row in the tables.
+
+        Raises:
+            NoRoom: when there is no place for it; the branch is as it was.
+        """
+        if branch.row is not None:
+            return branch.row
+        if not self._free_rows:
+            raise NoRoom
+        pinned: list[Piece] = []
+        try:
+            for piece in branch.pieces():
+                self._pin(piece)
+                pinned.append(piece)
+        except NoRoom:
+            for piece in pinned:
+                self._unpin(piece)
+            raise
+        row = self._free_rows.pop()
+        branch.row = row
+        self._branches[row] = branch
+        self.lengths[row] = branch._length
+        self._owned[row] = len(branch.pages)
+        self.pages[row] = 0
+        self.pages[row, : len(branch.pages)] = [piece.index for piece in branch.pages]
+        self.slots[row] = 0 if branch.slot is None else branch.slot.index
+        self._shared[row] = True  # looked at once, before it is written to
+        return row
+
+    def deactivate(self, branch: Branch) -> None:
+        """Let the pieces of a branch be sent away when others need their place."""
+        row = branch.row
+        if row is None:
+            return
+        length = int(self.lengths[row])
+        spare = branch.pages[self.pages_for(length) :]  # of drafts that were not accepted
+        branch.pages = branch.pages[: self.pages_for(length)]
+        branch._length, branch.row = length, None
+        self._branches[row] = None
+        self._free_rows.append(row)
+        for piece in reversed(branch.pieces()):  # the first pages, which others may share, go last
+            self._unpin(piece)
+        for piece in spare:
+            self._unpin(piece)
+            self.release(piece)
+
+    def send_away(self, branch: Branch) -> None:
+        """Move what no active branch uses to host memory now (a tool takes long, a branch is cold)."""
+        self.deactivate(branch)
+        for piece in branch.pieces():
+            if piece.place is not None and not piece.pins:
+                self._page_out(piece)
+
+    # Forward passes
+
+    def prepare(self, rows: np.ndarray, counts: np.ndarray) -> None:
+        """Make room to write: pages for new tokens, own copies of what is shared.
+
+        Args:
+            rows: (n,) int64 of active branches.
+            counts: (n,) int64, new tokens of each.
+
+        Raises:
+            NoRoom: when there is not enough; what rows have got so far they keep.
+        """
+        need = -(-(self.lengths[rows] + counts) // self.page_size)
+        if not self.bytes_each["page"]:
+            need[:] = 0
+        wanting = (need > self._owned[rows]) | self._shared[rows]
+        for row, pages in zip(rows[wanting].tolist(), need[wanting].tolist(), strict=True):
+            branch = self._branches[row]
+            assert branch is not None
+            if self._shared[row]:
+                self._own(branch, row)
+            while len(branch.pages) < pages:
+                piece = self._new("page")
+                self.pages[row, len(branch.pages)] = piece.index
+                branch.pages.append(piece)
+                self._owned[row] = len(branch.pages)
+
+    def _own(self, branch: Branch, row: int) -> None:
+        """Copy on write: the page that the next token goes to, and the slot."""
+        first = int(self.lengths[row]) // self.page_size
+        for index in range(first, len(branch.pages)):
+            branch.pages[index] = piece = self._unshared(branch.pages[index])
+            self.pages[row, index] = piece.index
+        if self.bytes_each["slot"]:
+            if branch.slot is None:
+                branch.slot = self._new("slot")
+                self.state.reset(branch.slot.index)
+            else:
+                branch.slot = self._unshared(branch.slot)
+            self.slots[row] = branch.slot.index
+        self._shared[row] = False
+
+    def _unshared(self, piece: Piece) -> Piece:
+        if piece.refs == 1:
+            return piece
+        try:
+            new = self._new(piece.kind)
+        except NoRoom:
+            if piece.droppable is not None:
+                piece.droppable()  # shared with a mere cache, which gives way
+                if piece.refs == 1:
+                    return piece
+            if piece.pins > 1:
+                raise
+            # The other owners wait: theirs goes to the host, and what lies here becomes our own.
+            place = piece.index
+            self._unpin(piece)
+            self._page_out(piece)
+            self.release(piece)
+            new = self._new(piece.kind)
+            assert new.place == place
+            return new
+        self.state.copy(piece.kind, piece.index, new.index)
+        self._unpin(piece)
+        self.release(piece)
+        return new
+
+    def cache(self, rows: np.ndarray, counts: np.ndarray) -> PagedCache:
+        """The cache of a forward pass over active branches that ``prepare`` has seen to.
+
+        Args:
+            rows: (n,) int64; rows that need equally many pages stand together. -1 for a row of padding.
+            counts: (n,) int64, new tokens of each.
+        """
+        lengths = np.where(rows < 0, 0, self.lengths[rows])
+        ends = -(-(lengths + counts) // self.page_size)
+        width = int(ends.max())
+        pages = np.zeros((len(rows), width + 1), dtype=np.int64)
+        if self.bytes_each["page"]:
+            pages[:, :width] = np.where(
+                (np.arange(width) < ends[:, None]) & (rows >= 0)[:, None],
+                self.pages[rows, :width],
+                0,
+            )
+        breaks = [0, *(np.flatnonzero(np.diff(ends)) + 1).tolist(), len(rows)]
+        groups = [
+            (slice(start, stop), int(ends[start])) for start, stop in itertools.pairwise(breaks)
+        ]
+        device = self.state.device
+        slots = None
+        if self.bytes_each["slot"]:
+            slots = torch.from_numpy(np.where(rows < 0, 0, self.slots[rows])).to(device)
+        return self.state.cache(
+            torch.from_numpy(pages).to(device),
+            torch.from_numpy(lengths).to(device),
+            int(lengths.max()),
+            groups,
+            slots,
+        )
+
+    def snapshot(self, rows: np.ndarray) -> list[Tensor]:
+        """Copies of what has one size, of active branches, for ``rewind``; nothing where all grows."""
+        slots = torch.from_numpy(self.slots[rows])
+        return [
+            arena.index_select(0, slots.to(arena.device)) for arena in self.state.arenas("slot")
+        ]
+
+    def rewind(self, rows: np.ndarray, lengths: np.ndarray, snapshot: Sequence[Tensor]) -> None:
+        """Forget tokens behind ``lengths``; what has one size is put back from a snapshot.
+
+        Args:
+            rows: (n,) int64 of active branches.
+            lengths: (n,) int64, tokens to keep.
+            snapshot: rows of ``snapshot`` of these branches, taken at these lengths.
+        """
+        self.lengths[rows] = lengths
+        slots = torch.from_numpy(self.slots[rows])
+        for arena, copy in zip(self.state.arenas("slot"), snapshot, strict=True):
+            arena.index_copy_(0, slots.to(arena.device), copy)
+
+    # Pieces
+
+    def _new(self, kind: Kind) -> Piece:
+        """A pinned piece of its own."""
+        piece = Piece(kind, self._place(kind))
+        piece.pins = 1
+        self.live[kind] += 1
+        return piece
+
+    def release(self, piece: Piece) -> None:
+        """Give up a reference."""
+        piece.refs -= 1
+        if piece.refs:
+            return
+        assert not piece.pins, "a page was freed while a forward pass may use it"
+        self.live[piece.kind] -= 1
+        self._forget_elsewhere(piece)
+        if piece.place is not None:
+            self._idle[piece.kind].pop(piece, None)
+            self._free[piece.kind].append(piece.place)
+            piece.place = None
+
+    def _forget_elsewhere(self, piece: Piece) -> None:
+        if piece.copies is not None:
+            piece.copies = None
+            self._host.pop(piece, None)
+            self.host_bytes -= self.bytes_each[piece.kind]
+        if piece.spilled is not None:
+            self._files[piece.kind].free(piece.spilled)
+            piece.spilled = None
+
+    def _place(self, kind: Kind) -> int:
+        """A free place in the arenas, made free if need be."""
+        if self._free[kind]:
+            return self._free[kind].pop()
+        if self._fresh[kind] <= self.capacity[kind]:
+            self._fresh[kind] += 1  # pieces that were never used: the peak grows with them
+            return self._fresh[kind] - 1
+        while not self._free[kind]:
+            if not self._idle[kind]:
+                raise NoRoom
+            piece = next(iter(self._idle[kind]))
+            if piece.droppable is not None and piece.refs == 1:
+                piece.droppable()  # a mere cache: it is made again when it is wanted
+            else:
+                self._page_out(piece)
+        return self._free[kind].pop()
+
+    def _pin(self, piece: Piece) -> None:
+        if piece.place is None:
+            self._page_in(piece)
+        self._idle[piece.kind].pop(piece, None)
+        piece.pins += 1
+
+    def _unpin(self, piece: Piece) -> None:
+        piece.pins -= 1
+        if not piece.pins and piece.place is not None:
+            self._idle[piece.kind][piece] = None
+
+    def _page_out(self, piece: Piece) -> None:
+        assert piece.place is not None and not piece.pins
+        size = self.bytes_each[piece.kind]
+        copies = self.state.take(piece.kind, piece.place)
+        if size > self.host_limit:
+            self._spill(piece, copies)
+        else:
+            while self.host_bytes + size > self.host_limit:
+                oldest = next(iter(self._host))
+                assert oldest.copies is not None
+                self._spill(oldest, oldest.copies)
+                oldest.copies = None
+                self._host.pop(oldest)
+                self.host_bytes -= self.bytes_each[oldest.kind]
+            piece.copies = copies
+            self._host[piece] = None
+            self.host_bytes += size
+        self._idle[piece.kind].pop(piece, None)
+        self._free[piece.kind].append(piece.place)
+        piece.place = None
+        self.paged_out += 1
+
+    def _spill(self, piece: Piece, copies: list[Tensor]) -> None:
+        if piece.kind not in self._files:
+            self._files[piece.kind] = SpillFile(self._folder)
+        piece.spilled = self._files[piece.kind].write(copies)
+
+    def _page_in(self, piece: Piece) -> None:
+        place = self._place(piece.kind)
+        copies = piece.copies
+        if copies is None:
+            assert piece.spilled is not None
+            like = [arena[0] for arena in self.state.arenas(piece.kind)]
+            copies = self._files[piece.kind].read(piece.spilled, like)
+        self.state.put(piece.kind, place, copies)
+        self._forget_elsewhere(piece)
+        piece.place = place
+        self.paged_in += 1
+
+    # What is used
+
+    def used(self, kind: Kind) -> int:
+        """Pieces that lie in the arenas."""
+        return self._fresh[kind] - 1 - len(self._free[kind])
+
+    def pinned(self, kind: Kind) -> int:
+        """Pieces of active branches."""
+        return self.used(kind) - len(self._idle[kind])
+
+    def spilled_bytes(self) -> int:
+        """Bytes in the file."""
+        return sum(file.used_bytes for file in self._files.values())
+
+    def bytes_used(self) -> int:
+        """Memory of the pieces that lie in the arenas."""
+        return sum(self.used(kind) * self.bytes_each[kind] for kind in KINDS)
+
+    def bytes_peak(self) -> int:
+        """The most memory that pieces have taken at once, of the arenas."""
+        return sum((self._fresh[kind] - 1) * self.bytes_each[kind] for kind in KINDS)
+
+    def fits(self, tokens: int) -> bool:
+        """Whether one dialogue of so many tokens could lie in memory, alone."""
+        return not self.bytes_each["page"] or self.pages_for(tokens) <= self.capacity["page"]
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that so many tokens take."""
+        return -(-tokens // self.page_size) if self.bytes_each["page"] else 0
+
+    def close(self) -> None:
+        """Let go of the file."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+
+def _capacity(memory_limit: int, page_bytes: int, slot_bytes: int) -> dict[Kind, int]:
+    """How many pages and slots a limit of memory holds."""
+    together = PAGES_A_SLOT * page_bytes + slot_bytes
+    if not together:
+        return {"page": 0, "slot": 0}
+    slots = memory_limit // together if slot_bytes else 0
+    if slot_bytes and not slots:  # small limits: one slot, and pages with the rest
+        slots = memory_limit // slot_bytes and 1
+    pages = (memory_limit - slots * slot_bytes) // page_bytes if page_bytes else 0
+    if (page_bytes and pages < 1) or (slot_bytes and slots < 1):
+        raise ToolmemError(
+            f"memory_limit is {memory_limit:,} bytes: it must hold at least a page of "
+            f"{page_bytes:,} bytes and a state of {slot_bytes:,}; raise it, or lower page_size"
+        )
+    return {"page": pages, "slot": slots}

@@ -1,0 +1,84 @@
+"""What one step of the engine runs through the model: how many tokens of which lanes, in which passes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from toolmem.models.language_model import LanguageModel
+
+# What is taken for granted of a machine, to weigh a pass against padding. Only speed hangs on it.
+SECONDS_A_LAYER = 60e-6  # of a forward pass, beside its matmuls
+BYTES_A_SECOND = 1.5e10  # read bandwidth
+FLOPS_A_SECOND = 1e11
+
+
+class Pass(NamedTuple):
+    """One forward pass.
+
+    Args:
+        lanes: (n,) int64.
+        counts: (n,) int64, tokens of each.
+    """
+
+    lanes: np.ndarray
+    counts: np.ndarray
+
+
+def pass_overhead(model: LanguageModel) -> int:
+    """What a forward pass costs beside its tokens, in tokens: reading the weights, and the calls."""
+    weights = max(1, model.active_parameters() - model.embedding.weight.numel())
+    bytes_each = model.embedding.weight.element_size()
+    fixed = len(model.blocks) * SECONDS_A_LAYER + weights * bytes_each / BYTES_A_SECOND
+    a_token = 2 * weights / FLOPS_A_SECOND
+    return int(np.clip(fixed / a_token, 4, 256))
+
+
+def budgeted(waiting: np.ndarray, budget: int, whole: bool) -> np.ndarray:
+    """How many of their unread tokens lanes read in this step.
+
+    Those that only have one read it, whatever else there is, so that nobody's prompt keeps others from
+    speaking; the rest share the budget, first come first served.
+
+    Args:
+        waiting: (n,) int64, unread tokens; the lane that came first stands first.
+        budget: tokens of a step.
+        whole: a lane reads all of its tokens at once or none, for models that look both ways.
+
+    Returns:
+        (n,) int64, 0 for lanes that have to wait.
+    """
+    long = waiting > 1
+    left = max(budget - int((~long).sum()), 1)
+    before = np.cumsum(np.where(long, waiting, 0)) - waiting
+    counts = np.where(long, np.clip(left - before, 0, waiting), waiting)
+    if whole:
+        counts = np.where(counts < waiting, 0, waiting)
+        if not counts.any():
+            counts[0] = waiting[0]
+    return counts
+
+
+def passes(lanes: np.ndarray, counts: np.ndarray, overhead: int) -> list[Pass]:
+    """Group lanes of about as many tokens, so that padding costs less than another pass would.
+
+    Args:
+        lanes: (n,) int64.
+        counts: (n,) int64, above 0.
+        overhead: of a pass, in tokens.
+    """
+    order = np.argsort(-counts, kind="stable")
+    lanes, counts = lanes[order], counts[order]
+    starts = np.flatnonzero(np.concatenate(([True], counts[1:] != counts[:-1])))
+    groups = []
+    begin, width, padding = 0, int(counts[0]), 0
+    for start, stop in zip(starts, [*starts[1:], len(counts)], strict=True):
+        more = int(stop - start) * (width - int(counts[start]))
+        if padding + more > overhead:
+            groups.append(Pass(lanes[begin:start], counts[begin:start]))
+            begin, width, padding, more = int(start), int(counts[start]), 0, 0
+        padding += more
+    groups.append(Pass(lanes[begin:], counts[begin:]))
+    return groups
