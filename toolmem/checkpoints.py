@@ -171,13 +171,8 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> LoadedCheckpoi
     checkpoint = read(path)
     about = about_of(checkpoint, path)
     model = build_model(about["model"], path)
-    weights = {
-        name.removeprefix(WEIGHTS_PREFIX): value
-        for name, value in checkpoint.get("state_dict", {}).items()
-        if name.startswith(WEIGHTS_PREFIX)
-    }
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(weights_of(checkpoint))
     except RuntimeError as error:
         raise ToolmemError(f"the weights in {path} do not fit its own model: {error}") from error
     try:
@@ -201,6 +196,15 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> LoadedCheckpoi
         about["data"],
         int(checkpoint.get("global_step", 0)),
     )
+
+
+def weights_of(checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The model's weights in a checkpoint, by the model's own names."""
+    return {
+        name.removeprefix(WEIGHTS_PREFIX): value
+        for name, value in checkpoint.get("state_dict", {}).items()
+        if name.startswith(WEIGHTS_PREFIX)
+    }
 
 
 def about_of(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, Any]:

@@ -23,7 +23,10 @@ CONTENT = {
     for path in sorted((ROOT / "recipes").rglob("*.yaml"))
 }
 WHOLE = [
-    p for p, content in CONTENT.items() if "class_path" in content.get("model", {}).get("model", {})
+    p
+    for p, content in CONTENT.items()
+    if "class_path" in content.get("model", {}).get("model", {})
+    and "init_from" not in content["model"]  # theirs is the architecture of a run
 ]
 PLAIN = ROOT / "recipes" / "tricks" / "plain.yaml"
 TRICKS = [p for p in CONTENT if p.parent.name == "tricks" and p not in WHOLE]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import warnings
@@ -16,9 +17,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from toolmem import checkpoints
+from toolmem.class_path import import_class
 from toolmem.cli.functions import plain
 from toolmem.errors import ToolmemError
 from toolmem.files import explain_os_error, write_text
+from toolmem.recipe_files import read_mapping
 from toolmem.tools import check_tools
 from toolmem.training import (
     TRAINER_DEFAULTS,
@@ -31,12 +34,56 @@ from toolmem.training import (
     Throughput,
 )
 from toolmem.training.folders import RunFolder
+from toolmem.training.initial_weights import base_for
 from toolmem.training.loggers import tensorboard_logger, wandb_logger
 from toolmem.training.precision import check_precision
 
 EXAMPLE = (
     "example: toolmem {0} --config recipes/facts_in_tool.yaml --name first --trainer.max_steps 500"
 )
+
+
+MODULE = "toolmem.training.LanguageModelModule"
+
+
+def module_class(command: str, arguments: Sequence[str] | dict[str, Any]) -> type:
+    """The LightningModule that a command line or a config names as ``module``.
+
+    It decides which keys ``model`` has, so it is looked for before anything is parsed.
+
+    Args:
+        command: the subcommand.
+        arguments: the words after ``toolmem``, or a config as a dict.
+
+    Raises:
+        ToolmemError: when there is no such class, or it trains something else.
+    """
+    if isinstance(arguments, dict):
+        named = [(arguments.get(command) or {}).get("module")]
+    else:
+        named = _named_modules(arguments)
+    path = next((name for name in reversed(named) if name), MODULE)
+    kind = import_class(str(path), "module")
+    if not (isinstance(kind, type) and issubclass(kind, LanguageModelModule)):
+        raise ToolmemError(
+            f"module is {path}: it must be toolmem.training.LanguageModelModule, or made from it"
+        )
+    return kind
+
+
+def _named_modules(words: Sequence[str]) -> list[Any]:
+    """What each config and each option says of ``module``, in their order."""
+    named: list[Any] = []
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        key, equals, value = word.partition("=")
+        value = value if equals else following
+        if key == "--module":
+            named.append(value)
+        elif key in ("--config", "-c") and Path(value).is_file():
+            # what is wrong with a config is told when it is parsed
+            with contextlib.suppress(ToolmemError):
+                named.append(read_mapping(value).get("module"))
+    return named
 
 
 class ToolmemCLI(LightningCLI):
@@ -55,7 +102,7 @@ class ToolmemCLI(LightningCLI):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*args parameter is intended to run from within.*")
             super().__init__(
-                LanguageModelModule,
+                module_class(command, arguments),
                 pl.LightningDataModule,
                 subclass_mode_data=True,
                 save_config_callback=RunFiles,
@@ -81,6 +128,11 @@ class ToolmemCLI(LightningCLI):
         parser.add_argument(
             "--name", type=str | None, default=None,
             help="The run's name: everything is written to RUNS/NAME (default: the recipe's name).",
+        )  # fmt: skip
+        parser.add_argument(
+            "--module", type=str, default=MODULE,
+            help="What trains the model: LanguageModelModule on the data's text, toolmem.training.GRPO on "
+            "what the model says to its questions. The keys of `model` are its options.",
         )  # fmt: skip
         parser.add_argument("--runs", type=str, default="runs", help="The folder of all runs.")
         parser.add_argument(
@@ -120,6 +172,7 @@ class ToolmemCLI(LightningCLI):
                 "(0 or null does not clip)"
             )
         check_precision(settings.trainer.precision, settings.trainer.accelerator)
+        self._fill_base(settings.model)
         # Settled here and kept in config.yaml, so that it reruns as it is. What depends on this very
         # call (the folder's path, the checkpoint) is handed to the trainer and not kept.
         settings.name = settings.name or self._recipe_name()
@@ -135,6 +188,16 @@ class ToolmemCLI(LightningCLI):
             raise ToolmemError(
                 f"toolmem {self.command} needs a trained model: name it by --ckpt_path RUN_FOLDER"
             )
+
+    def _fill_base(self, section: Any) -> None:
+        """Let a model that drafts have its base as the run has it that it starts from; so config.yaml
+        is complete.
+        """
+        chosen = section.model.get("init_args")
+        if chosen is not None:
+            base = base_for(section.model.class_path, chosen.as_dict(), section.init_from)
+            if base is not None:
+                chosen["base"] = base
 
     def _recipe_name(self) -> str:
         configs = self.settings.get("config") or []
@@ -257,6 +320,7 @@ def be_quiet() -> None:
         ".*does not have many workers.*",
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
         ".*IterableDataset.*has `__len__` defined.*",
+        ".*You have overridden `on_after_batch_transfer` in `LightningModule`.*",
     ):
         warnings.filterwarnings("ignore", message)
 

@@ -177,9 +177,9 @@ def measure(model: LanguageModel, seq_len: int | None = None) -> Figures:
     fixed, growing = cache_bytes(model)
     counted, body = counted_row(model, seq_len)
     head = counted.head()
-    asked = 1 + len(model.multi_token.blocks) if model.multi_token is not None else 1
-    training = exact(body, backward=True) / seq_len + asked * (head.forward + head.gradient)
-    if asked > 1:  # only training predicts more than the next token
+    training = exact(body, backward=True) / seq_len + head.both
+    if model.multi_token is not None:  # only training predicts more than the next token
+        training += len(model.multi_token.blocks) * counted.head_ahead().both
         model.multi_token = None
         _, body = counted_row(model, seq_len)
     return Figures(

@@ -179,6 +179,7 @@ def build(recipe: Mapping[str, Any], config: str) -> LanguageModel:
 
     from toolmem.class_path import import_class
     from toolmem.models import LanguageModel
+    from toolmem.training.initial_weights import base_for
 
     section = recipe.get("model")
     chosen = section.get("model") if isinstance(section, Mapping) else None
@@ -187,6 +188,9 @@ def build(recipe: Mapping[str, Any], config: str) -> LanguageModel:
             f"{config}: model.model.class_path is missing: it names the architecture"
         )
     options = dict(init_args_of(chosen))
+    base = base_for(str(chosen["class_path"]), options, (section or {}).get("init_from"))
+    if base is not None:
+        options["base"] = base
     if options.get("vocab_size") is not None:
         raise ToolmemError(
             "model.model.init_args.vocab_size is decided by the data (its tokenizer): leave it out"

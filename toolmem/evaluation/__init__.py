@@ -5,9 +5,11 @@ from toolmem._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "DraftAccuracy": "toolmem.evaluation.drafts",
         "Recall": "toolmem.evaluation.recall",
         "RecallResult": "toolmem.evaluation.recall",
         "Score": "toolmem.evaluation.recall",
+        "draft_accuracy": "toolmem.evaluation.drafts",
         "is_recalled": "toolmem.evaluation.recall",
         "measure_recall": "toolmem.evaluation.recall",
     },

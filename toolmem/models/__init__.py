@@ -13,6 +13,8 @@ __getattr__, __dir__, __all__ = attach(
         "RNN": "toolmem.models.rnn",
         "LinearAttention": "toolmem.models.linear_attention",
         "Hybrid": "toolmem.models.hybrid",
+        "Medusa": "toolmem.models.medusa",
+        "Eagle": "toolmem.models.eagle",
         "Cache": "toolmem.models.cache",
     },
 )

@@ -33,6 +33,11 @@ class Work:
         """FLOPs of the backward pass."""
         return 2 * self.forward if self.backward is None else self.backward
 
+    @property
+    def both(self) -> int:
+        """FLOPs of both passes."""
+        return self.forward + self.gradient
+
 
 @dataclass(frozen=True, kw_only=True)
 class PairWork(Work):

@@ -172,6 +172,7 @@ class ModelFlops:
         self.model = model
         self.run = run
         self._head: Work | None = None
+        self._ahead: Work | None = None
         self._unknown: dict[str, int] = {}
         self._counted: dict[tuple[bool, bool, int, int], BodyCount] = {}
         self._rules: dict[tuple[bool, bool], _Rule | None] = {}
@@ -193,6 +194,23 @@ class ModelFlops:
             tally = self._pass(call)
             self._head = Work(tally.forward, tally.backward)
         return self._head
+
+    def head_ahead(self) -> Work:
+        """FLOPs of the head for one token beyond the next, by the modules that predict such."""
+        if self._ahead is None:
+            modules = self.model.multi_token
+            assert modules is not None
+
+            def call(model: LanguageModel, like: Callable[..., Tensor]) -> list[Tensor]:
+                dtype = model.head.weight.dtype
+                learns = any(p.requires_grad for p in modules.parameters())
+                predicted = like(1, model.dim, dtype=dtype, learns=learns)
+                truth = like(1, model.dim, dtype=dtype)
+                return [modules.losses(model, 1, predicted, truth, like(1, dtype=torch.int64))]
+
+            tally = self._pass(call)
+            self._ahead = Work(tally.forward, tally.backward)
+        return self._ahead
 
     def body(
         self, rows: int, seq: int, *, documents: bool = False, spans: bool = False

@@ -1,9 +1,10 @@
 """Multi-token prediction: in training each position also predicts tokens beyond the next.
 
 ``TokensAhead`` is what all such modules share, those of ``medusa.py`` and ``eagle.py`` among them;
-``MultiToken`` is the kind that a model is trained with from the start. It has two forms. ``sequential`` is DeepSeek-V3's (arXiv 2412.19437, section 2.2): module k joins what module
-k - 1 left with the embedding of the token k places on, so that it knows all that comes before the
-token it predicts:
+``MultiToken`` is the kind that a model is trained with from the start, in one of two forms.
+``sequential`` is DeepSeek-V3's (arXiv 2412.19437, section 2.2): module k joins what module k - 1 left
+with the embedding of the token k places on, so that it knows all that comes before the token it
+predicts:
 
     h^k_i = Block_k(M_k [norm(h^{k-1}_i) ; norm(Emb(t_{i+k}))])       h^0: the model's own output
     P(t_{i+k+1}) = softmax(Head(norm(h^k_i)))

@@ -34,13 +34,7 @@ def check(
     Raises:
         ToolmemError: naming the first value that differs, and the key to change.
     """
-    found, wanted = (plain(part["data"].get("tokenizer")) for part in (saved, current))
-    if found and wanted and found != wanted:
-        difference = next(differences(found, wanted), ("", found, wanted))
-        raise ToolmemError(
-            f"{path} was trained with another tokenizer ({named(difference)}): "
-            "set data.init_args.tokenizer to the checkpoint's"
-        )
+    check_tokenizer(saved["data"], current["data"], path)
     _check_part(saved["model"], current["model"], "model.model", path)
     mine, theirs = current["data"].get("factbase"), saved["data"].get("factbase")
     if mine and theirs and mine.get("fingerprint") != theirs.get("fingerprint"):
@@ -62,6 +56,26 @@ def check(
     for name in ("optimizer", "schedule"):
         if name in saved:
             _check_part(saved[name], current[name], f"model.{name}", path)
+
+
+def check_tokenizer(saved: Mapping[str, Any], current: Mapping[str, Any], path: str | Path) -> None:
+    """Refuse a checkpoint whose token ids mean something else.
+
+    Args:
+        saved: what the checkpoint says of its data.
+        current: the same of this run.
+        path: the checkpoint, for messages.
+
+    Raises:
+        ToolmemError: naming the first difference.
+    """
+    found, wanted = (plain(data.get("tokenizer")) for data in (saved, current))
+    if found and wanted and found != wanted:
+        difference = next(differences(found, wanted), ("", found, wanted))
+        raise ToolmemError(
+            f"{path} was trained with another tokenizer ({named(difference)}): "
+            "set data.init_args.tokenizer to the checkpoint's"
+        )
 
 
 def _check_part(

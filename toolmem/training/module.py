@@ -32,6 +32,7 @@ from toolmem.models import LanguageModel
 from toolmem.models.context import Extras
 from toolmem.models.flex import KernelChoice
 from toolmem.training import compatibility
+from toolmem.training.initial_weights import load_initial_weights
 from toolmem.training.metrics import (
     NamedMeans,
     TokenCount,
@@ -60,6 +61,8 @@ class LanguageModelModule(pl.LightningModule):
             (PaLM's 1e-4, arXiv 2204.02311), which keeps logits from drifting; 0 for none.
         attention_kernel: what runs masked attention over whole rows: ``sdpa``, ``flex``
             (FlexAttention), or by device and length (``auto``).
+        init_from: a run's folder, or a checkpoint, whose weights training starts from; None for first
+            weights. A run that goes on (``--resume``) has weights of its own.
     """
 
     def __init__(
@@ -70,11 +73,13 @@ class LanguageModelModule(pl.LightningModule):
         compile: bool = False,
         z_loss: float = 0.0,
         attention_kernel: KernelChoice = "auto",
+        init_from: str | None = None,
     ) -> None:
         super().__init__()
         if z_loss < 0:
             raise ToolmemError(f"model.z_loss is {z_loss}: it must be 0 (off) or more")
         self.z_loss = z_loss
+        self.init_from = init_from
         model.attention_kernel = attention_kernel
         self.model = model
         self.optimizer_config = optimizer
@@ -92,6 +97,7 @@ class LanguageModelModule(pl.LightningModule):
         self.reported: dict[str, tuple[int, float]] = {}
         self._pending = 0  # this rank's loss-bearing tokens in the gradients gathered so far
         self._restored_gradients: dict[str, Tensor] = {}
+        self._resumed = False
 
     # ---- loss
 
@@ -246,6 +252,15 @@ class LanguageModelModule(pl.LightningModule):
         for logger in self.trainer.loggers:
             logger.log_metrics(dict(metrics), step)
 
+    def on_fit_start(self) -> None:
+        """Start from another run's weights, where one is named and this run does not go on.
+
+        Raises:
+            ToolmemError: when they do not fit.
+        """
+        if self.init_from is not None and not self._resumed:
+            load_initial_weights(self.model, self.init_from, self._data_info())
+
     def on_train_start(self) -> None:
         """Let loggers forget what a dead run logged after the checkpoint; put gradients back."""
         for logger in self.trainer.loggers:
@@ -302,10 +317,12 @@ class LanguageModelModule(pl.LightningModule):
 
     # ---- checkpoints
 
-    def _about(self) -> dict[str, Any]:
+    def _data_info(self) -> dict[str, Any]:
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
-        info = datamodule.checkpoint_info() if hasattr(datamodule, "checkpoint_info") else {}
-        return checkpoints.describe(self.model, info) | {
+        return datamodule.checkpoint_info() if hasattr(datamodule, "checkpoint_info") else {}
+
+    def _about(self) -> dict[str, Any]:
+        return checkpoints.describe(self.model, self._data_info()) | {
             "optimizer": compatibility.describe(self.optimizer_config),
             "schedule": compatibility.describe(self.schedule),
         }
@@ -349,6 +366,7 @@ class LanguageModelModule(pl.LightningModule):
         compatibility.check(about, self._about(), path, training=fitting)
         if not fitting:
             return
+        self._resumed = True
         averaging = any(isinstance(c, WeightAveraging) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
         if "current_model_state" in checkpoint and not averaging:
             raise ToolmemError(

@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from toolmem.data.batch import Batch
-from toolmem.models import LanguageModel
 from toolmem.models.model_flops import ModelFlops, Pairs, run_lengths, seen_pairs, span_pairs
+from toolmem.models.multi_token import TokensAhead
 from toolmem.training.callbacks.throughput import Throughput, not_training
 from toolmem.training.flops import matmul_rate, optimizer_flops
 from toolmem.training.module import LanguageModelModule
@@ -166,9 +166,10 @@ def step_flops(flops: ModelFlops, batch: Batch) -> tuple[int, int]:
     model = flops.model
     spans = batch.spans if model.attention_mask == "prefix" else None
     body = flops.body(rows, seq, documents=batch.documents is not None, spans=spans is not None)
-    head = flops.head()
-    n_head = head_tokens(model, batch)
-    of_head = n_head * (head.forward + head.gradient)
+    of_head = batch.positions().numel() * flops.head().both
+    multi_token = getattr(model, "multi_token", None)
+    if multi_token is not None:
+        of_head += ahead_tokens(multi_token, batch) * flops.head_ahead().both
     exact = body.exact(batch.n_tokens, pairs_of(batch, spans))
     return exact + of_head, body.executed() + of_head
 
@@ -198,15 +199,12 @@ def pairs_of(batch: Batch, spans: torch.Tensor | None) -> Pairs:
     return pairs
 
 
-def head_tokens(model: LanguageModel, batch: Batch) -> int:
-    """How many times the head is asked: where loss is borne, for each token that is predicted."""
-    asked = batch.positions().numel()
-    multi_token = getattr(model, "multi_token", None)
-    if multi_token is not None:
-        for ahead in range(1, min(len(multi_token.blocks) + 1, batch.tokens.shape[1])):
-            bears = multi_token.bearing(batch.loss_mask, batch.documents, ahead)
-            asked += int(bears.sum())
-    return asked
+def ahead_tokens(modules: TokensAhead, batch: Batch) -> int:
+    """How many tokens beyond the next are predicted where that bears loss."""
+    return sum(
+        int(modules.bearing(batch.loss_mask, batch.documents, ahead).sum())
+        for ahead in range(1, min(len(modules.blocks) + 1, batch.tokens.shape[1]))
+    )
 
 
 def dtype_of(precision: str) -> torch.dtype:
