@@ -377,7 +377,7 @@ def rows(folder):
     return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in table]
 
 
-MANY = {"epochs": 2, "minibatches": 3, "kl": 0.1}
+MANY = {"epochs": 2, "minibatches": 3, "kl": 0.1, "invariant": True}
 
 
 @pytest.mark.parametrize("options", [{}, MANY], ids=["plain", "many updates"])
@@ -504,6 +504,19 @@ def test_checkpoints_of_other_trainings_are_refused(tmp_path):
     fit(tmp_path / "kl", vowels(kl=0.1), steps=2)
     with pytest.raises(ToolmemError, match=r"trained with a KL term: set model\.kl"):
         fit(tmp_path / "other", vowels(), resume=tmp_path / "kl" / "checkpoints" / "last.ckpt")
+
+
+def test_the_reference_is_what_the_run_starts_from(tmp_path):
+    fit(tmp_path / "first", vowels(), steps=2)
+    first = checkpoints.load(tmp_path / "first").model
+    second = vowels(kl=0.1, init_from=str(tmp_path / "first"), optimizer=AdamW(lr=1e-3))
+    fit(tmp_path / "second", second, steps=1)
+    for a, b in zip(first.parameters(), second.reference.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert float(rows(tmp_path / "second")[0]["grpo/kl"]) < 1e-9
+    assert any(not torch.equal(a, b) for a, b in zip(
+        second.model.parameters(), second.reference.parameters(), strict=True
+    ))  # fmt: skip
 
 
 # ---- two processes

@@ -47,7 +47,7 @@ from toolmem.training.tools import open_run_tools
 
 if TYPE_CHECKING:
     from toolmem.data.dialogues import Dialogue
-    from toolmem.generation import Generated
+    from toolmem.generation import Engine, Generated
     from toolmem.tools import Toolbox
 
 
@@ -80,6 +80,8 @@ class GRPO(LanguageModelModule):
             batch needs, and some more, when None.
         max_tool_calls: that it may make in a dialogue.
         lanes: dialogues generated at once.
+        invariant: generate in the engine's batch-invariant mode (float32; slower): a resumed run then
+            equals one that was never stopped to the last bit, whatever the tools' timing.
         seed: of what is sampled.
     """
 
@@ -97,6 +99,7 @@ class GRPO(LanguageModelModule):
         max_new_tokens: int | None = None,
         max_tool_calls: int = 4,
         lanes: int = 256,
+        invariant: bool = False,
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
@@ -133,6 +136,7 @@ class GRPO(LanguageModelModule):
         self.max_new_tokens = max_new_tokens
         self.max_tool_calls = max_tool_calls
         self.lanes = lanes
+        self.invariant = invariant
         self.seed = seed
         self.reference: LanguageModel | None = None
         if kl:
@@ -143,7 +147,7 @@ class GRPO(LanguageModelModule):
         self._update = 0  # of the step's epochs * minibatches
         self._order = torch.empty(0, dtype=torch.int64)
         self._toolbox: Toolbox | None = None
-        self._tools_open = False
+        self._engine: Engine | None = None
 
     # ---- sampling
 
@@ -159,6 +163,12 @@ class GRPO(LanguageModelModule):
             raise ToolmemError(
                 "GRPO learns from answers to questions: use data.class_path toolmem.data.FactsDataModule"
             )
+
+    def on_fit_start(self) -> None:
+        """Take up another run's weights, where one is named; where this one begins, the reference is."""
+        super().on_fit_start()
+        if self.reference is not None and not self._resumed:
+            self.reference.load_state_dict(self.model.state_dict())
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Lightning's hook: a training batch of expected dialogues becomes one of sampled dialogues."""
@@ -208,22 +218,26 @@ class GRPO(LanguageModelModule):
         """
         from toolmem.data.text.token_table import prompt_tokens
         from toolmem.evaluation.recall import answer_budget
-        from toolmem.generation import Sampling, generate
+        from toolmem.generation import Engine, Sampling
 
-        if not self._tools_open:
-            self._toolbox, self._tools_open = open_run_tools(self.trainer), True
         tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+        if self._engine is None:
+            self._toolbox = open_run_tools(self.trainer)
+            self._engine = Engine(
+                self.model,
+                tokenizer,
+                self._toolbox,
+                max_lanes=self.lanes,
+                invariant=self.invariant,
+            )
+        self._engine.update_weights()
         prompts = [prompt_tokens(question.question, tokenizer) for question in questions]
-        return generate(
-            self.model,
-            tokenizer,
+        return self._engine.generate(
             [prompt for prompt in prompts for _ in range(self.samples)],
-            toolbox=self._toolbox,
             max_new_tokens=self.max_new_tokens or answer_budget(questions, tokenizer),
             max_tool_calls=self.max_tool_calls,
             sampler=Sampling(),
             seed=seeds,
-            batch_size=self.lanes,
         )
 
     def reward(self, question: Dialogue, dialogue: Generated) -> float:
@@ -403,7 +417,9 @@ class GRPO(LanguageModelModule):
         self.seconds = dict(about["seconds"])
 
     def teardown(self, stage: str) -> None:
-        """Close the tools."""
+        """Close engine and tools."""
+        if self._engine is not None:
+            self._engine.close()
         if self._toolbox is not None:
             self._toolbox.close()
-        self._toolbox, self._tools_open = None, False
+        self._engine = self._toolbox = None

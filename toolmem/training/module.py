@@ -122,9 +122,6 @@ class LanguageModelModule(pl.LightningModule):
     ) -> Tensor:
         """Cross-entropy of each loss-bearing token in reading order, in nats, float32 or wider."""
         logits, targets = self.logits_and_targets(batch, hidden, extras)
-        if extras is not None and self.z_loss:
-            squares = logits.logsumexp(dim=-1).square()
-            extras.add_loss("train/z_loss", self.z_loss * squares.sum() / max(len(squares), 1))
         return F.cross_entropy(logits, targets, reduction="none")
 
     def logits_and_targets(
@@ -159,6 +156,9 @@ class LanguageModelModule(pl.LightningModule):
         logits = self.model.logits(states)
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
+        if extras is not None and self.z_loss:
+            squares = logits.logsumexp(dim=-1).square()
+            extras.add_loss("train/z_loss", self.z_loss * squares.sum() / max(len(squares), 1))
         return logits, targets
 
     # ---- training
