@@ -219,7 +219,7 @@ class SqlTool:
             try:
                 parse = "SELECT json_serialize_sql(?::VARCHAR)"
                 parsed = cursor.execute(parse, [query]).fetchone()
-                check_select(json.loads(parsed[0]) if parsed else {})
+                check_select(json.loads(parsed[0]) if parsed else {}, self._places)
                 rows = cursor.execute(query).fetchmany(self.max_rows + 1)
             finally:
                 timer.cancel()

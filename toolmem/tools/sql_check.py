@@ -7,6 +7,7 @@ not listed here is refused; new syntax of a later DuckDB is refused until somebo
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 MAX_TABLES = 3
@@ -44,6 +45,11 @@ TYPES = _words(
     "VARCHAR TEXT STRING BOOLEAN BOOL TINYINT SMALLINT INTEGER INT BIGINT HUGEINT FLOAT REAL "
     "DOUBLE DECIMAL NUMERIC DATE TIMESTAMP"
 )
+# Names that DuckDB reads as calls of functions where no column is called so.
+VALUE_FUNCTIONS = _words(
+    "current_catalog current_date current_role current_schema current_time current_timestamp "
+    "current_user localtime localtimestamp session_user user"
+)
 # Words for what users try most; the rest is named by its node.
 NAMES = {
     "TABLE_FUNCTION": "table functions",
@@ -62,11 +68,12 @@ class RefusedError(ValueError):
     """Why a query is not run, in words that a model can read."""
 
 
-def check_select(parsed: dict[str, Any]) -> None:
+def check_select(parsed: dict[str, Any], columns: Collection[str] = ()) -> None:
     """Refuse everything but one SELECT over the table ``people``.
 
     Args:
         parsed: what ``json_serialize_sql`` returned, decoded.
+        columns: of the table, in lower case.
 
     Raises:
         RefusedError: naming what is not allowed.
@@ -88,6 +95,10 @@ def check_select(parsed: dict[str, Any]) -> None:
         if not isinstance(item, dict):
             continue
         _check_node(item)
+        if item.get("type") == "COLUMN_REF":
+            name = str((item.get("column_names") or [""])[0]).lower()
+            if name in VALUE_FUNCTIONS and name not in columns:
+                raise RefusedError(f"{name} is not allowed")
         kind = item.get("type")
         nodes += isinstance(kind, str)
         tables += kind == "BASE_TABLE"
