@@ -57,39 +57,33 @@ class PrefixTree:
             spans: of each token, -1 for none, where the model looks both ways within them.
         """
         size = self.pager.page_size
-        node, best = self.root, None
+        node = self.root
         pages: list[Piece] = []
+        path = [node]
         for key in self._keys(tokens, spans):
-            if self.exact:
-                best = self._end(node, pages, tokens) or best
             child = node.children.get(key)
             if child is None:
                 break
             node = child
+            path.append(node)
             if node.page is not None:
                 pages.append(node.page)
-        if self.exact:
-            depth = self._depth(node)
-            return self._end(node, pages, tokens, depth) or best
-        return self.pager.adopt(pages, None, len(pages) * size) if pages else None
+        if not self.exact:
+            return self.pager.adopt(pages, None, len(pages) * size) if pages else None
+        for depth in range(len(path) - 1, -1, -1):
+            rest = self._longest_end(path[depth], tokens, depth * size)
+            if rest is not None:
+                end = path[depth].ends[rest]
+                owned = pages[:depth] if end.page is None else [*pages[:depth], end.page]
+                return self.pager.adopt(owned, end.slot, depth * size + len(rest))
+        return None
 
-    def _depth(self, node: Node) -> int:
-        depth = 0
-        while node.parent is not None:
-            node, depth = node.parent, depth + 1
-        return depth
-
-    def _end(
-        self, node: Node, pages: Sequence[Piece], tokens: Sequence[int], depth: int | None = None
-    ) -> Branch | None:
-        """The longest end of a node that goes with these tokens."""
-        start = (self._depth(node) if depth is None else depth) * self.pager.page_size
+    def _longest_end(self, node: Node, tokens: Sequence[int], start: int) -> tuple[int, ...] | None:
+        """The longest end of a node, which holds ``start`` tokens, that goes with these tokens."""
         for rest in sorted(node.ends, key=len, reverse=True):
-            length = start + len(rest)
-            if length < len(tokens) and tuple(tokens[start:length]) == rest:
-                end = node.ends[rest]
-                owned = [*pages] if end.page is None else [*pages, end.page]
-                return self.pager.adopt(owned, end.slot, length)
+            stop = start + len(rest)
+            if stop < len(tokens) and tuple(tokens[start:stop]) == rest:
+                return rest
         return None
 
     def remember(
