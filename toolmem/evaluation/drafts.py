@@ -66,6 +66,7 @@ def draft_accuracy(model: Drafting, batches: Iterable[Batch], ranks: int = 4) ->
     Raises:
         ToolmemError: when there is no place to draft at.
     """
+    ranks = min(ranks, model.vocab_size)
     shape = caterpillar(model.depth, ranks)
     tried = torch.zeros(model.depth, dtype=torch.int64)
     right = torch.zeros(model.depth, ranks, dtype=torch.int64)
