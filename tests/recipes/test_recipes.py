@@ -13,10 +13,12 @@ from toolmem.cli import main
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "recipes"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
-TINY = [
-    "--model.model.dim", "16", "--model.model.n_layers", "1", "--model.model.hidden_dim", "32",
+SHORT = [
     "--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.enable_progress_bar", "false",
     "--trainer.val_check_interval", "2", "--trainer.log_every_n_steps", "1",
+]  # fmt: skip
+TINY = [
+    "--model.model.dim", "16", "--model.model.n_layers", "1", "--model.model.hidden_dim", "32", *SHORT,
 ]  # fmt: skip
 FACTS = [
     "--data.people", "20", "--data.unseen_people", "4", "--data.n_val_questions", "8",
@@ -28,6 +30,8 @@ SMOLLM = [
     *TEXT, "--model.model.n_heads", "4", "--model.model.n_kv_heads", "2",
     "--data.train_tokenizer", "300", "--data.val_fraction", "0.2", "--trainer.accumulate_grad_batches", "1",
 ]  # fmt: skip
+# Heads on the model of another recipe, cut down: that is trained first.
+HEADS = {"medusa": "facts_in_tool", "eagle": "facts_in_tool"}
 TEXT_RECIPES = ["shakespeare", "smollm", "smollm_debug"]
 CUT = {
     "facts_in_weight": FACTS,
@@ -42,6 +46,8 @@ CUT = {
     "facts_in_tool_jamba": [*FACTS, "--model.model.n_layers", "4"],
     "mad": ["--data.batch_size", "2", "--data.seq_len", "16", "--data.val_batches", "1"],
     "shakespeare": [*TEXT, "--trainer.precision", "32-true"],
+    "medusa": ["--model.model.n_heads", "2"],
+    "eagle": ["--model.model.depth", "2"],
     "smollm": SMOLLM,
     "smollm_debug": [*SMOLLM, "--model.model.n_heads", "4"],
 }
@@ -92,7 +98,16 @@ def test_it_parses_as_it_is(recipe, data, capsys):
 def test_it_trains_and_goes_on(recipe, data, tmp_path, capsys, monkeypatch):
     if recipe in data:
         monkeypatch.setenv("TOOLMEM_DATA", str(data[recipe]))
-    words = ["fit", "--config", str(FOLDER / f"{recipe}.yaml"), "--runs", str(tmp_path), *TINY]
+    words = ["fit", "--config", str(FOLDER / f"{recipe}.yaml"), "--runs", str(tmp_path)]
+    if recipe in HEADS:
+        words += [*FACTS, *SHORT]
+        first = ["fit", "--config", str(FOLDER / f"{HEADS[recipe]}.yaml"), "--runs", str(tmp_path)]
+        assert main([*first, *TINY, *FACTS, "--trainer.max_steps", "2"]) == 0, (
+            capsys.readouterr().err
+        )
+        words += ["--model.init_from", str(tmp_path / HEADS[recipe])]
+    else:
+        words += TINY
     words += ["--trainer.max_steps", "4", *CUT[recipe], "--checkpointing.every_n_steps", "2"]
     stop = ["--trainer.limit_train_batches", "2", "--trainer.max_epochs", "1"]
     assert main([*words, *stop]) == 0, capsys.readouterr().err
@@ -100,6 +115,20 @@ def test_it_trains_and_goes_on(recipe, data, tmp_path, capsys, monkeypatch):
     assert main([*words, "--resume", "auto"]) == 0, capsys.readouterr().err
     assert checkpoints.load(tmp_path / recipe).step == 4
     assert (tmp_path / recipe / "metrics.csv").read_text().count("\n") >= 4
+    if recipe in HEADS:  # the run's own config tells the base's architecture, and can be looked at
+        written = tmp_path / recipe / "config.yaml"
+        config = yaml.safe_load(written.read_text())
+        assert config["model"]["model"]["init_args"]["base"]["init_args"]["dim"] == 16
+        assert main(["inspect", "--config", str(written)]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", HEADS)
+def test_without_the_run_it_starts_from_nothing_is_left(recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "--config", str(FOLDER / f"{recipe}.yaml"), "--name", "x"]) == 2
+    message = capsys.readouterr().err
+    assert "model.init_from" in message and f"runs/{HEADS[recipe]}" in message
+    assert not (tmp_path / "runs" / "x").exists()
 
 
 def test_every_recipe_on_text_is_known_to_be_one():
