@@ -21,6 +21,7 @@ from toolmem.cli.demo import demo
 from toolmem.cli.evaluate import evaluate
 from toolmem.cli.generate import generate
 from toolmem.cli.inspect import inspect as inspect_recipe
+from toolmem.cli.inspect_init import inspect_init
 from toolmem.cli.plot import norms as plot_norms
 from toolmem.cli.serve import serve
 from toolmem.cli.sweep import sweep
@@ -194,6 +195,7 @@ def page() -> str:
     text += command("toolmem serve", serve)
     text += command("toolmem evaluate", evaluate)
     text += command("toolmem inspect", inspect_recipe)
+    text += command("toolmem inspect init", inspect_init)
     text += command("toolmem plot norms", plot_norms, ("run",))
     for name, (function, positional, _) in facts_cli.COMMANDS.items():
         text += command(f"toolmem facts {name}", function, tuple(positional))

@@ -123,5 +123,5 @@ def test_same_seed_same_weights():
 
 
 def test_an_unknown_scheme_is_refused_by_name():
-    with pytest.raises(ToolmemError, match="'he'; choose scaled, gpt2, .*mup"):
+    with pytest.raises(ToolmemError, match=r"'he'; choose scaled, gpt2, .*mup"):
         make("he")

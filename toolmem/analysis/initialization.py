@@ -11,15 +11,21 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from toolmem.analysis.norms import split
+from toolmem.analysis.pictures import picture_file, save
 from toolmem.models import LanguageModel
 from toolmem.models.context import Extras
 from toolmem.training import OptimizerConfig
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 BRANCHES = ("mixer", "feed_forward")
 
@@ -42,6 +48,15 @@ class WidthScan:
     start: Sizes = field(default_factory=dict)
     change: Sizes = field(default_factory=dict)
     parameters: list[int] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain data; a slope that is none is None."""
+        found: dict[str, Any] = {"widths": self.widths, "parameters": self.parameters}
+        for name, sizes in (("start", self.start), ("change", self.change)):
+            slopes = self.slopes(sizes).items()
+            found[name] = sizes
+            found[f"{name}_slopes"] = {k: None if math.isnan(v) else v for k, v in slopes}
+        return found
 
     def slopes(self, sizes: Sizes) -> dict[str, float]:
         """The slope of log size against log width, by least squares, for each activation."""
@@ -168,3 +183,79 @@ def scan_widths(
 
 def _add(sums: dict[str, float], name: str, value: float) -> None:
     sums[name] = sums.get(name, 0.0) + value
+
+
+def draw(scan: WidthScan, out: str | Path, title: str, steps: int = 0) -> Path:
+    """Draw sizes of activations, first layer to last, a line for each width; below, what training changed.
+
+    Args:
+        scan: what was measured.
+        out: the picture's file, .png, .svg or .pdf.
+        title: over it.
+        steps: of training, for the second panel's title.
+
+    Returns:
+        the picture's file.
+
+    Raises:
+        ToolmemError: for a file that cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    target = picture_file(out)
+    panels = [("root mean square at the start", scan.start)]
+    if scan.change:
+        panels.append((f"root mean square of what {steps} steps change", scan.change))
+    parts = groups(list(scan.start))
+    figure = Figure(figsize=(3.0 + 1.6 * len(parts), 3.4 * len(panels)), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    rows = figure.subplots(
+        len(panels), len(parts), squeeze=False, sharey="row",
+        gridspec_kw={"width_ratios": [max(2.0, len(names)) for names in parts.values()]},
+    )  # fmt: skip
+    for line, (panel, sizes) in zip(rows, panels, strict=True):
+        for axes, (part, names) in zip(line, parts.items(), strict=True):
+            _draw_part(axes, scan, sizes, part, names)
+        line[0].set_ylabel(panel, fontsize=8)
+    handles, labels = rows[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", frameon=False, title="dim")
+    return save(figure, target)
+
+
+def groups(names: Sequence[str]) -> dict[str, list[str]]:
+    """Activations of one part of every block together, first block to last; those outside blocks alone."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(split(name)[0], []).append(name)
+    return found
+
+
+def _draw_part(axes: Axes, scan: WidthScan, sizes: Sizes, part: str, names: Sequence[str]) -> None:
+    from matplotlib import colormaps
+    from matplotlib.ticker import LogFormatter, MaxNLocator
+
+    colours = colormaps["viridis"]
+    for index, width in enumerate(scan.widths):
+        axes.plot(
+            range(len(names)), [sizes[name][index] for name in names], marker="o", markersize=3,
+            linewidth=1.2, label=str(width), color=colours(0.9 * index / (len(scan.widths) - 1)),
+        )  # fmt: skip
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(LogFormatter())  # 0.4, not 4 x 10^-1
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    axes.set_title(part, fontsize=8)
+    slopes = scan.slopes(sizes)
+    there = sorted(slopes[name] for name in names if not math.isnan(slopes[name]))
+    text = (
+        " to ".join(f"{value:+.2f}" for value in dict.fromkeys((there[0], there[-1])))
+        if there
+        else ""
+    )
+    axes.set_xlabel(f"slope {text}" if text else "0 at some width", fontsize=7)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(names) == 1:
+        axes.set_xticks([])
+    axes.tick_params(labelsize=7, which="both")
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)

@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from toolmem.analysis.pictures import picture_file, save
 from toolmem.errors import ToolmemError
-from toolmem.files import atomic_path, explain_os_error
 from toolmem.training.callbacks.norm_files import NormFile
 from toolmem.training.callbacks.norm_measures import ALL
 
@@ -28,7 +28,6 @@ TITLES = {
     "attention_entropy": "attention entropy, nats",
     "attention_logit_max": "largest attention logit",
 }
-FORMATS = (".png", ".svg", ".pdf")
 MOST_LABELS = 40  # of layers in a panel
 MISSING = "#d9d9d9"
 LINEAR = ("attention_entropy",)
@@ -51,21 +50,13 @@ def draw(run: str | Path, out: str | Path | None = None, measure: str | None = N
         ToolmemError: for a run without norms, a measure that it has not, or a file that cannot be.
     """
     folder = Path(run)
-    target = Path(out) if out else folder / f"norms{'_' + measure if measure else ''}.png"
-    if target.suffix not in FORMATS:
-        raise ToolmemError(f"out: {target} must end in {', '.join(FORMATS)}")
+    target = picture_file(out or folder / f"norms{'_' + measure if measure else ''}.png")
     panels = panels_of(folder)
     if measure is not None:
         if measure not in panels:
             raise ToolmemError(f"measure: {run} has no {measure!r}; it has {', '.join(panels)}")
         panels = {measure: panels[measure]}
-    figure = _figure(panels, folder.resolve().name)
-    try:
-        with atomic_path(target) as temporary:
-            figure.savefig(temporary, format=target.suffix[1:], dpi=130)
-    except OSError as error:
-        raise explain_os_error(error, target) from error
-    return target
+    return save(_figure(panels, folder.resolve().name), target)
 
 
 Panel = dict[str, dict[int, float]]
