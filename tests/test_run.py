@@ -64,6 +64,9 @@ def test_many_are_asked_as_each_alone(run):
     together = run.ask_many(questions, max_new_tokens=10)
     alone = [run.ask(question, max_new_tokens=10) for question in questions]
     assert [run.reply(generated) for generated in together] == alone
+    for ahead in (1, 3, 100):
+        each = run.ask_each(questions, max_new_tokens=10, ahead=ahead)
+        assert [run.reply(generated) for generated in each] == alone
 
 
 def test_stream_is_what_ask_says(run):

@@ -17,7 +17,7 @@ from toolmem.data.dialogues import Dialogue, TemplateSet
 from toolmem.data.factbase import Factbase
 from toolmem.data.text.token_table import prompt_tokens
 from toolmem.errors import ToolmemError
-from toolmem.generation import Generated, Sampler, generate, stream
+from toolmem.generation import Engine, Generated, Greedy, Request, Sampler, generate, stream
 from toolmem.generation.turns import split_turns
 from toolmem.tools import Toolbox, open_toolbox
 
@@ -150,6 +150,36 @@ class Run:
             sampler=sampler,
             seed=seed,
         )
+
+    def ask_each(
+        self,
+        questions: Sequence[str],
+        *,
+        sampler: Sampler | None = None,
+        max_new_tokens: int = 256,
+        seed: int = 0,
+        ahead: int = 1024,
+    ) -> Iterator[Generated]:
+        """Ask many questions, and yield each dialogue, in order, when all before it are at their end.
+
+        Args:
+            questions: what the user says in each.
+            sampler: how tokens are chosen; greedily when None.
+            max_new_tokens: tokens that the model may write in each.
+            seed: question i samples by seed + i.
+            ahead: questions under way or waiting to be yielded.
+        """
+        requests = (
+            Request(
+                self.prompt(question),
+                max_new_tokens=max_new_tokens,
+                sampler=sampler or Greedy(),
+                seed=seed + number,
+            )
+            for number, question in enumerate(questions)
+        )
+        with Engine(self.model, self.tokenizer, self.toolbox) as engine:
+            yield from engine.each(requests, ahead=ahead)
 
     def reply(self, generated: Generated) -> Reply:
         """A generated dialogue as text."""

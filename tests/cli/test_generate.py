@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import random
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 import toolmem as package
-from toolmem.cli import generate as command
 
 QUESTIONS = [f"When was person {i} born?" for i in range(7)]
 
@@ -67,9 +70,8 @@ def test_a_file_of_prompts(runs, prompts, tmp_path, toolmem):
 
 @pytest.mark.parametrize("options", [[], ["--temperature", "1.0", "--top_k", "20", "--seed", "3"]])
 @pytest.mark.parametrize("cut", [0, 1, 17, 400])
-def test_a_killed_call_goes_on(options, cut, runs, prompts, tmp_path, toolmem, monkeypatch):
+def test_a_killed_call_goes_on(options, cut, runs, prompts, tmp_path, toolmem):
     """Wherever the file was cut, the end is byte for byte that of a call that ran through."""
-    monkeypatch.setattr(command, "CHUNK", 2)
     whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
     words = ["generate", "--checkpoint", runs / "in_weight", "--prompts", prompts, *options]
     words += ["--max_new_tokens", "8", "--out"]
@@ -91,10 +93,10 @@ def test_rows_that_are_there_are_not_asked_again(runs, prompts, tmp_path, toolme
     lines = out.read_text().splitlines(keepends=True)
     out.write_text("".join(lines[:5]) + lines[5][:10])
     asked: list[str] = []
-    ask = package.Run.ask_many
+    ask = package.Run.ask_each
     monkeypatch.setattr(
         package.Run,
-        "ask_many",
+        "ask_each",
         lambda self, questions, **options: (
             asked.extend(questions) or ask(self, questions, **options)
         ),
@@ -102,3 +104,40 @@ def test_rows_that_are_there_are_not_asked_again(runs, prompts, tmp_path, toolme
     assert toolmem(*words).code == 0
     assert asked == QUESTIONS[5:]
     assert out.read_text() == "".join(lines)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_each_prompt_is_answered_once(runs, tmp_path):
+    """SIGKILL, three times, at moments drawn by chance; a last call goes through."""
+    draw = random.Random(0)
+    questions = [f"When was person {number} born?" for number in range(400)]
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in questions))
+    words = ["--checkpoint", str(runs / "in_tool"), "--prompts", str(prompts), "--out", str(out)]
+    command = [sys.executable, "-m", "toolmem", "generate", *words, "--max_new_tokens", "150"]
+    kept = b""
+    for kill in range(3):
+        enough = len(kept.splitlines()) + draw.randint(1, 80)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            end = time.monotonic() + 100
+            while not out.exists() or out.read_bytes().count(b"\n") < enough:
+                assert process.poll() is None and time.monotonic() < end, "nothing to kill"
+                time.sleep(0.002)
+            time.sleep(0.01 * draw.random())
+            assert process.poll() is None, "it was at its end already"
+        finally:
+            process.kill()
+            process.wait()
+        written = out.read_bytes()
+        whole = written[: written.rfind(b"\n") + 1]
+        assert whole.startswith(kept), "a row that was there has changed"
+        kept = whole
+        if kill == 0:  # a row that was cut off, whether or not this kill left one
+            out.write_bytes(kept + b'{"prompt": "When was')
+    assert 3 <= len(kept.splitlines()) < len(questions)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert out.read_bytes().startswith(kept)
+    rows = [json.loads(line) for line in out.read_text().split("\n")[:-1]]
+    assert [row["prompt"] for row in rows] == questions

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from toolmem.run import Run
 
 ROLE_NAMES = {1: "user", 2: "assistant", 3: "database"}
-CHUNK = 128  # prompts between two writes to the output file
 
 
 def generate(
@@ -111,19 +110,15 @@ def answer_file(
         out.parent.mkdir(parents=True, exist_ok=True)
         with open(out, "a", encoding="utf-8") as stream, progress() as bar:
             task = bar.add_task("generating", total=len(questions), completed=done)
-            for start in range(done, len(questions), CHUNK):
-                chunk = questions[start : start + CHUNK]
-                seeds = [seed + start + i for i in range(len(chunk))]
-                for question, generated in zip(
-                    chunk,
-                    run.ask_many(chunk, sampler=sampler, max_new_tokens=max_new_tokens, seed=seeds),
-                    strict=True,
-                ):
-                    stream.write(
-                        json.dumps(row(run, question, generated), ensure_ascii=False) + "\n"
-                    )
-                stream.flush()
-                bar.advance(task, len(chunk))
+            asked = questions[done:]
+            answers = run.ask_each(
+                asked, sampler=sampler, max_new_tokens=max_new_tokens, seed=seed + done
+            )
+            for question, generated in zip(asked, answers, strict=True):
+                line = json.dumps(row(run, question, generated), ensure_ascii=False)
+                stream.write(line + "\n")
+                stream.flush()  # what was answered is not asked again after a kill
+                bar.advance(task)
     except OSError as error:
         raise explain_os_error(error, out) from error
 

@@ -11,7 +11,9 @@ Lanes come and go at any step (``scheduler.py``). The rules of a dialogue are th
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -200,6 +202,35 @@ class Engine:
                 self._sweep()
                 raise
         return handles
+
+    def each(self, requests: Iterable[Request], *, ahead: int = 1024) -> Iterator[Generated]:
+        """Bring requests to their end, in the caller's thread, and yield the results in order.
+
+        Args:
+            requests: what is asked; taken up as there is room.
+            ahead: requests taken up from the first on that is not at its end, so that one that waits
+                for a slow tool does not hold up the others.
+        """
+        source = iter(requests)
+        handles: deque[Handle] = deque()
+        try:
+            while True:
+                fresh = islice(source, ahead - len(handles))
+                entering = [Handle(request, self._cancel, listening=False) for request in fresh]
+                with self._lock:
+                    self._enter(entering)
+                handles += entering
+                if not handles:
+                    return
+                with evaluating(self.model):
+                    while not handles[0].done:
+                        self._turn()
+                while handles and handles[0].done:
+                    yield handles.popleft().result()
+        finally:
+            for handle in handles:
+                handle.cancel()
+            self._sweep()
 
     def update_weights(self, model: LanguageModel | None = None) -> None:
         """Go on with other weights; what was made with the old ones is dropped, and read again.
