@@ -74,7 +74,7 @@ docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 "$(BIN)/mkdocs" build --strict
 
 bench: $(VENV)/.dev
-	for script in benchmarks/data.py benchmarks/train.py; do "$(BIN)/python" "$$script"; done
+	for script in benchmarks/data.py benchmarks/train.py benchmarks/architectures.py; do "$(BIN)/python" "$$script"; done
 
 clean:
 	rm -rf "$(VENV)" site .pytest_cache .mypy_cache .ruff_cache

@@ -19,6 +19,17 @@ CUT = {
         {"width": 1, "lr": 1},
         {"trainer.max_steps": 2, "trainer.val_check_interval": 2, "data.val_batches": 1},
     ),
+    "canon": (
+        {},
+        {
+            "trainer.max_steps": 2,
+            "trainer.val_check_interval": 2,
+            "recall.every_n_steps": 2,
+            "recall.n_questions": 4,
+            "recall.n_unseen": 4,
+            "data.people": 8,
+        },
+    ),
 }
 
 
@@ -43,6 +54,7 @@ def test_cut_down_it_runs_to_its_plot(name, tmp_path, capsys):
         written["axes"][axis]["values"] = written["axes"][axis]["values"][:n]
     for key, value in changes.items():
         set_key(written["base"], key, value)
+    written["seeds"] = 1
     recipe = tmp_path / f"{name}.yaml"
     recipe.write_text(yaml.safe_dump(written, sort_keys=False), encoding="utf-8")
     code = main(["sweep", str(recipe), "--out", str(tmp_path / "out"), "--workers", "1"])
