@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving_toys import (
     ANSWER,
     QUESTION,
+    ROLES,
     TOKENIZER,
     babbler,
     calculator,
@@ -248,6 +249,50 @@ def test_a_client_that_vanishes_before_its_body_is_whole(in_tool):
     reply = httpx.post(address + CHAT, json=ASK)
     assert reply.json()["choices"][0]["message"]["content"] == ANSWER
     assert service.engine.stats().requests_finished == 1
+
+
+def test_a_step_that_fails_is_a_500_and_the_server_goes_on(in_tool, monkeypatch, caplog):
+    address, service = in_tool
+
+    def fails(*args, **options):
+        raise RuntimeError("out of paper")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(service.engine.model), "hidden", fails)
+        whole = httpx.post(address + CHAT, json=ASK)
+        streamed = httpx.post(address + CHAT, json={**ASK, "stream": True})
+    assert whole.status_code == 500 and "paper" not in error_of(whole)["message"]
+    events = [line[6:] for line in streamed.text.splitlines() if line.startswith("data: ")]
+    assert json.loads(events[-2])["error"]["type"] == "server_error" and events[-1] == "[DONE]"
+    assert caplog.text.count("RuntimeError: out of paper") >= 1
+    wait_until(lambda: idle(service.engine))
+    reply = httpx.post(address + CHAT, json=ASK)
+    assert reply.json()["choices"][0]["message"]["content"] == ANSWER
+
+
+def test_every_way_of_choosing_tokens_is_survived(engine):
+    """No bounds of the options bring a step to its end: one request never harms another."""
+    served = engine(babbler(), TOKENIZER)
+    extremes = [
+        {"temperature": 1e-30}, {"temperature": 0.001}, {"temperature": 100},
+        {"top_p": 1e-12, "temperature": 1},
+        {"min_p": 1, "temperature": 1}, {"top_k": 1, "temperature": 100}, {"frequency_penalty": -2, "n": 4},
+        {"repetition_penalty": 10, "temperature": 0.001}, {"repetition_penalty": 0.1, "temperature": 0.001},
+        {"presence_penalty": 2, "frequency_penalty": 2, "temperature": 0.001}, {"seed": -(2**63), "n": 16},
+        {"logit_bias": {str(i): -100 for i in range(260)}}, {"logit_bias": {"0": 100}, "temperature": 0.001},
+        {"tool_choice": "none", "logit_bias": {str(ROLES["database"]): 100}}, {"stop": ["\x00", "é"]},
+        {"seed": 2**63 - 1, "n": 16, "temperature": 1},
+    ]  # fmt: skip
+    with serving(served) as (address, _), httpx.Client(base_url=address, timeout=60) as http:
+        for options in extremes:
+            reply = http.post(
+                CHAT,
+                content=json.dumps({**ASK, "max_tokens": 20, **options}),
+                headers={"content-type": "application/json"},
+            )
+            assert reply.status_code == 200, (options, reply.text)
+            assert len(reply.json()["choices"]) == options.get("n", 1)
+        assert served.stats().requests_finished == sum(o.get("n", 1) for o in extremes)
 
 
 def test_a_stopping_server_ends_its_answers(engine):

@@ -30,7 +30,8 @@ SHOWN = 60  # letters of a wrong value that a message repeats
 
 # A token that a bias of this size forbids is never taken.
 NEVER = -math.inf
-LARGE = 1e30  # no option means anything beyond it
+# Below this temperature logits grow beyond float32, and the likeliest token is as good as certain.
+COLDEST = 1e-3
 
 
 class ApiError(Exception):
@@ -183,11 +184,11 @@ class Fields:
             raise wrong(self.key(name), value, f"from {low:,} to {high:,}")
         return value
 
-    def number(self, name: str, default: float | None) -> Any:
-        """A finite number."""
+    def number(self, name: str, default: float | None, low: float, high: float) -> Any:
+        """A number in a range."""
         value = self.take(name, (int, float), "a number", default)
-        if value is not None and not abs(value) < LARGE:
-            raise wrong(self.key(name), value, "a finite number")
+        if value is not None and not low <= value <= high:
+            raise wrong(self.key(name), value, f"from {low:g} to {high:g}")
         return None if value is None else float(value)
 
     def end(self) -> None:
@@ -460,6 +461,8 @@ def read_stop(data: Any) -> tuple[str, ...]:
     good = isinstance(texts, list) and all(isinstance(text, str) and text for text in texts)
     if not good or len(texts) > 4:
         raise wrong("stop", data, "a text that is not empty, or a list of up to 4")
+    if any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):
+        raise wrong("stop", data, "text: half a surrogate pair is none")
     return tuple(texts)
 
 
@@ -484,15 +487,17 @@ def read_sampler(
         biases[int(name)] = value
     biases.update(bias)
     options = {
-        "temperature": fields.number("temperature", temperature),
-        "top_p": fields.number("top_p", None),
-        "top_k": fields.integer("top_k", None, 1, 1 << 31),
-        "min_p": fields.number("min_p", None),
-        "frequency_penalty": fields.number("frequency_penalty", 0.0),
-        "presence_penalty": fields.number("presence_penalty", 0.0),
-        "repetition_penalty": fields.number("repetition_penalty", 1.0),
+        "temperature": fields.number("temperature", temperature, 0, 100),
+        "top_p": fields.number("top_p", None, 0, 1),
+        "top_k": fields.integer("top_k", None, 1, vocab_size),
+        "min_p": fields.number("min_p", None, 0, 1),
+        "frequency_penalty": fields.number("frequency_penalty", 0.0, -2, 2),
+        "presence_penalty": fields.number("presence_penalty", 0.0, -2, 2),
+        "repetition_penalty": fields.number("repetition_penalty", 1.0, 0.1, 10),
         "logit_bias": biases or None,
     }
+    if options["temperature"] < COLDEST:
+        options["temperature"] = 0.0
     try:
         sampler = Sampling(**options)
     except ToolmemError as error:
