@@ -32,6 +32,8 @@ SMOLLM = [
 ]  # fmt: skip
 # Heads on the model of another recipe, cut down: that is trained first.
 HEADS = {"medusa": "facts_in_tool", "eagle": "facts_in_tool"}
+# Recipes that go on from the weights of a run of their own architecture: (its recipe, its name).
+AFTER = {"rl_in_tool": ("facts_in_tool", "half")}
 TEXT_RECIPES = ["shakespeare", "smollm", "smollm_debug"]
 CUT = {
     "facts_in_weight": FACTS,
@@ -48,6 +50,7 @@ CUT = {
     "shakespeare": [*TEXT, "--trainer.precision", "32-true"],
     "medusa": ["--model.model.n_heads", "2"],
     "eagle": ["--model.model.depth", "2"],
+    "rl_in_tool": [*FACTS, "--model.samples", "2", "--model.max_new_tokens", "8"],
     "smollm": SMOLLM,
     "smollm_debug": [*SMOLLM, "--model.model.n_heads", "4"],
 }
@@ -108,6 +111,12 @@ def test_it_trains_and_goes_on(recipe, data, tmp_path, capsys, monkeypatch):
         words += ["--model.init_from", str(tmp_path / HEADS[recipe])]
     else:
         words += TINY
+    if recipe in AFTER:
+        first, name = AFTER[recipe]
+        before = ["fit", "--config", str(FOLDER / f"{first}.yaml"), "--runs", str(tmp_path)]
+        before += [*TINY, *FACTS, "--name", name, "--trainer.max_steps", "2"]
+        assert main(before) == 0, capsys.readouterr().err
+        words += ["--model.init_from", str(tmp_path / name)]
     words += ["--trainer.max_steps", "4", *CUT[recipe], "--checkpointing.every_n_steps", "2"]
     stop = ["--trainer.limit_train_batches", "2", "--trainer.max_epochs", "1"]
     assert main([*words, *stop]) == 0, capsys.readouterr().err
@@ -122,12 +131,15 @@ def test_it_trains_and_goes_on(recipe, data, tmp_path, capsys, monkeypatch):
         assert main(["inspect", "--config", str(written)]) == 0, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("recipe", HEADS)
+STARTS = HEADS | {recipe: name for recipe, (_, name) in AFTER.items()}
+
+
+@pytest.mark.parametrize("recipe", STARTS)
 def test_without_the_run_it_starts_from_nothing_is_left(recipe, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["fit", "--config", str(FOLDER / f"{recipe}.yaml"), "--name", "x"]) == 2
     message = capsys.readouterr().err
-    assert "model.init_from" in message and f"runs/{HEADS[recipe]}" in message
+    assert "model.init_from" in message and f"runs/{STARTS[recipe]}" in message
     assert not (tmp_path / "runs" / "x").exists()
 
 
