@@ -29,10 +29,14 @@ def test_the_command_line_page_is_current(script):
     assert page == written, ADVICE.format("make_reference")
 
 
-@pytest.mark.parametrize("setting", ["in_weight", "in_tool"])
-def test_the_pictures_are_current(script, setting):
-    picture = script("make_figures").draw(setting)
-    written = (DOCS / "assets" / f"dialogue_{setting}.svg").read_text(encoding="utf-8")
+@pytest.mark.parametrize(
+    "name", ["dialogue_in_weight", "dialogue_in_tool", "masks", "synthetic_tasks"]
+)
+def test_the_pictures_are_current(script, name):
+    figures = script("make_figures")
+    draw = {"masks": figures.draw_masks, "synthetic_tasks": figures.draw_tasks}.get(name)
+    picture = draw() if draw else figures.draw(name.removeprefix("dialogue_"))
+    written = (DOCS / "assets" / f"{name}.svg").read_text(encoding="utf-8")
     assert picture == written, ADVICE.format("make_figures")
 
 

@@ -107,6 +107,20 @@ def test_torchs_cells_are_torchs(kind, cells):
     torch.testing.assert_close(mixer(x, whole(12)), mixer.out(theirs(x)[0]))
 
 
+def test_torchs_cells_start_open_to_remembering():
+    """Under any scheme: torch's uniform weights within 1 / sqrt(width), biases 0, the forget gate's 1."""
+    torch.manual_seed(0)
+    for cell, kind in (("lstm", LSTM), ("gru", GRU)):
+        mixer = RNN(20, 16, 1, cell=cell, initialization="gpt2").blocks[0].mixer
+        assert isinstance(mixer, kind)
+        for weight in (mixer.cells.weight_ih_l0, mixer.cells.weight_hh_l0):
+            assert weight.abs().max() <= 16**-0.5
+            assert weight.detach().std().item() == pytest.approx((16 * 3) ** -0.5, rel=0.1)
+        biases = mixer.cells.bias_ih_l0 + mixer.cells.bias_hh_l0
+        if cell == "lstm":
+            assert biases.tolist() == [0.0] * 16 + [1.0] * 16 + [0.0] * 32
+
+
 def test_rglru_is_transformers_recurrent_gemma():
     from transformers import RecurrentGemmaConfig
     from transformers.models.recurrent_gemma.modeling_recurrent_gemma import (

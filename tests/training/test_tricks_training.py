@@ -9,6 +9,7 @@ from training_toys import ToyData, make_batch, make_module, make_trainer, tiny
 
 from toolmem import checkpoints
 from toolmem.errors import ToolmemError
+from toolmem.models import MoETransformer
 from toolmem.models.context import Extras
 from toolmem.training import (
     EMA,
@@ -77,6 +78,41 @@ def test_z_loss_is_logged_and_kept_out_of_validation(tmp_path):
     assert nothing.losses["train/z_loss"] == 0
     with pytest.raises(ToolmemError, match=r"model\.z_loss"):
         make_module(z_loss=-1.0)
+
+
+def test_experts_are_reported_and_balanced_in_training(tmp_path):
+    """The figures of one step of three batches: means over their loss-bearing tokens; biases move once."""
+
+    def make():
+        torch.manual_seed(0)
+        return MoETransformer(
+            11, 8, 2, 2, hidden_dim=8, n_experts=4, top_k=1, normalize_weights=False, max_seq_len=9,
+            capacity_factor=0.5, balance_loss=0.01, z_loss=0.001, bias_update_rate=0.25,
+        )  # fmt: skip
+
+    expected, weights, plain = {}, 0, make().train()
+    for batch in (uneven(i) for i in range(3)):
+        extras, count = Extras(), int(batch.loss_mask.sum())
+        plain.hidden(batch.tokens, extras=extras)
+        weights += count
+        for name, value in (extras.losses | extras.metrics).items():
+            expected[name] = expected.get(name, 0.0) + count * float(value)
+    module = make_module(make(), optimizer=Plain(lr=1e-9), schedule=Constant())
+    trainer = make_trainer(tmp_path, 1, log_every_n_steps=1, accumulate_grad_batches=3)
+    trainer.fit(module, ToyData(uneven))
+    names = {
+        "moe/router_entropy", "moe/load_max_over_mean", "moe/dropped_fraction", "moe/balance_loss",
+        "moe/z_loss",
+    }  # fmt: skip
+    assert names == expected.keys() and 0 < expected["moe/dropped_fraction"] < weights
+    for name in names:
+        wanted = pytest.approx(expected[name] / weights, rel=1e-4)
+        assert module.reported[name][1] == wanted
+    for block, other in zip(module.model.blocks, plain.blocks, strict=True):
+        load = other.feed_forward.router.load
+        assert load.sum() > 0 and not block.feed_forward.router.load.any()
+        moved = 0.25 * torch.sign(load.sum() - 4 * load).float()
+        assert torch.equal(block.feed_forward.router.bias, moved)
 
 
 def test_tokens_ahead_weigh_the_same_in_any_batches(tmp_path):

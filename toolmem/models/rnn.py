@@ -193,9 +193,10 @@ class LSTM(_TorchCell):
     def after_initialization(self) -> None:
         """Gates as torch starts them, but open to remembering (arXiv 1504.00941)."""
         self.cells.reset_parameters()
-        self.cells.bias_ih_l0.zero_()
-        self.cells.bias_hh_l0.zero_()
-        self.cells.bias_ih_l0[self.width : 2 * self.width] = 1.0
+        parameters = dict(self.cells.named_parameters())
+        parameters["bias_ih_l0"].zero_()
+        parameters["bias_hh_l0"].zero_()
+        parameters["bias_ih_l0"][self.width : 2 * self.width] = 1.0
 
     def new_cache(
         self,

@@ -239,7 +239,7 @@ def attached(model: LanguageModel, found: Activations) -> Iterator[None]:
     for name, module in model.named_modules():
         if isinstance(module, HeadMixing):
             # on the instance, before the class's own: whatever calls it comes by here
-            module.attend = partial(_attend, module, layer_of(name), found)  # type: ignore[assignment]
+            module.attend = partial(_attend, module, layer_of(name), found)  # type: ignore[method-assign]
             mixers.append(module)
     try:
         yield
