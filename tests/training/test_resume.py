@@ -18,7 +18,15 @@ def uneven(index: int):
 
 
 def run(
-    folder, max_steps=12, resume=None, accumulate=1, every=4, module=None, data=None, **options
+    folder,
+    max_steps=12,
+    resume=None,
+    accumulate=1,
+    every=4,
+    module=None,
+    data=None,
+    kill=None,
+    **options,
 ):
     """Train, the schedule planned for 12 steps whatever ``max_steps`` is."""
     module = module or make_module(tiny(dropout=0.1), schedule=Linear(warmup_steps=3))
@@ -35,7 +43,9 @@ def run(
         **({"val_check_interval": 5} | options),
     )
     if max_steps < 12:
-        trainer.callbacks.append(Kill(max_steps))
+        kill = Kill(max_steps)
+    if kill is not None:
+        trainer.callbacks.append(kill)  # after Checkpointing
     torch.manual_seed(5)
     with contextlib.suppress(Killed):
         trainer.fit(module, data, ckpt_path=resume)
@@ -57,6 +67,16 @@ def Kill(step):
     return KillAfter()
 
 
+def KillIn(hook, step):
+    import lightning.pytorch as pl
+
+    def kill(self, trainer, *args):
+        if trainer.global_step >= step:
+            raise Killed
+
+    return type("KillIn", (pl.Callback,), {hook: kill})()
+
+
 def rows(folder):
     return list(csv.DictReader(open(folder / "metrics.csv")))
 
@@ -76,6 +96,29 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path):
         torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True)
     )
     assert rows(part) == rows(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("step", [8, 12])
+@pytest.mark.parametrize(
+    "hook", ["on_validation_start", "on_validation_batch_end", "on_validation_end"]
+)
+def test_a_run_killed_in_a_validation_makes_it_again(tmp_path, step, hook):
+    """Where a checkpoint is due at the step that validates, it must not count the validation as done."""
+
+    def go(folder, resume=None, kill=None):
+        module = make_module(schedule=Linear(warmup_steps=3))
+        return run(folder, resume=resume, module=module, kill=kill, val_check_interval=4)
+
+    whole, _ = go(tmp_path / "whole")
+    part = tmp_path / "part"
+    go(part, kill=KillIn(hook, step))
+    last = part / "checkpoints" / "last.ckpt"
+    assert checkpoints.read(last)["global_step"] == step - (0 if hook == "on_validation_end" else 4)
+    resumed, _ = go(part, resume=last)
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert rows(part) == rows(tmp_path / "whole")
+    assert [row["step"] for row in rows(part) if row["val/loss"]] == ["4", "8", "12"]
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])

@@ -18,6 +18,17 @@ from toolmem.training.checkpoint_io import AtomicCheckpointIO
 from toolmem.training.module import LanguageModelModule
 
 
+def validation_follows(trainer: pl.Trainer) -> bool:
+    """Will Lightning validate after the batch that just ended, before it takes the next one?
+
+    Its loop decides so only after every callback has seen the batch; this asks the same question of
+    the same loop.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    fetcher = trainer.fit_loop._data_fetcher
+    return fetcher is not None and loop._should_check_val_fx(fetcher) and not loop.val_loop.skip
+
+
 class Checkpointing(Checkpoint):
     """Keeps ``last.ckpt``, ``best.ckpt`` and, if asked, one file every so many steps.
 
@@ -85,7 +96,18 @@ class Checkpointing(Checkpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """After an optimizer step: save what is due."""
+        """After an optimizer step: save what is due, unless a validation comes first."""
+        # A run that goes on from a checkpoint of this moment would take the validation for done.
+        if not validation_follows(trainer):
+            self._save_due(trainer, pl_module)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save what is due, and the best, if it is."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._save_if_best(trainer, pl_module)
+            self._save_due(trainer, pl_module)
+
+    def _save_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         step = trainer.global_step
         if step == self._seen:  # accumulating
             return
@@ -95,11 +117,6 @@ class Checkpointing(Checkpoint):
             self._save(trainer, "last.ckpt")
         if self.keep_every_n_steps is not None and step % self.keep_every_n_steps == 0:
             self._save(trainer, f"step_{step}.ckpt")
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save the best, if it is."""
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self._save_if_best(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the last."""
