@@ -27,6 +27,7 @@ from toolmem.generation.reference import Generated, check_prompt, evaluating
 from toolmem.generation.requests import EngineFull, Event, Handle, Request
 from toolmem.generation.sampling import Greedy, Sampler
 from toolmem.generation.scheduler import Scheduler, Stats
+from toolmem.generation.speculative import Drafter
 from toolmem.models import kernels
 from toolmem.models.attention import Attention
 from toolmem.models.moe import MixtureOfExperts
@@ -57,6 +58,8 @@ class Engine:
         prefix_sharing: let dialogues that begin alike read their beginning once.
         invariant: results do not hang on the batch, bit for bit (float32; slower).
         max_calls: tool calls under way at once.
+        drafter: proposes tokens that the model checks several at a time, with the same results
+            (``speculative.py``); not in invariant mode.
 
     Raises:
         ToolmemError: for limits that make no sense, or a model that the engine cannot run.
@@ -78,9 +81,12 @@ class Engine:
         prefix_sharing: bool = True,
         invariant: bool = False,
         max_calls: int = 64,
+        drafter: Drafter | None = None,
     ) -> None:
         if max_lanes < 1 or step_tokens < 1:
             raise ToolmemError("max_lanes and step_tokens must be at least 1")
+        if drafter is not None and invariant:
+            raise ToolmemError("invariant: passes with drafts have no fixed shape; leave one out")
         self.model = model
         self.tokenizer = tokenizer
         self.max_queued = max_queued
@@ -106,6 +112,7 @@ class Engine:
             pager=self.pager,
             prefix_sharing=prefix_sharing,
             invariant=invariant,
+            drafter=drafter,
             row_independent=_row_independent(model),
             wake=self._work.set,
         )
@@ -265,6 +272,11 @@ class Engine:
             counts.bytes_used, counts.bytes_peak = pager.bytes_used(), pager.bytes_peak()
             counts.pieces_paged_out, counts.pieces_paged_in = pager.paged_out, pager.paged_in
             return Stats(**vars(counts))
+
+    def acceptance(self) -> dict[str, object]:
+        """How drafts fared: passes by the draft's length and the tokens accepted, as plain data."""
+        with self._lock:
+            return self.scheduler.acceptance.histogram()
 
     def close(self) -> None:
         """Stop: requests under way fail, threads end, memory is given back."""

@@ -22,6 +22,7 @@ from toolmem.generation.turns import ASSISTANT, DATABASE
 if TYPE_CHECKING:
     from toolmem.data.tokenizers import Tokenizer
     from toolmem.generation.paging import Branch
+    from toolmem.generation.speculative import Draft
     from toolmem.tools.base import Answer
 
 # Uniform numbers that a dialogue's generator gives at a time.
@@ -56,6 +57,12 @@ class Lane:
         self.followers: list[Lane] = []  # of the same prompt: they share what it reads
         self.leader: Lane | None = None  # whom it follows
         self.hidden: Tensor | None = None  # (dim,), what the head is to read, where that is known
+        self.draft: Draft | None = None  # being checked in this step
+        self.before: tuple[int, list[Tensor]] | None = None  # its state of one size, without them
+        self.draft_limit: int | None = None  # how long the next draft is to be
+        self.draft_pause = 0  # passes without one
+        self.features: Tensor | None = None  # (window, dim), what the head read last, for drafters
+        self.featured = 0  # tokens up to where they go
         self.told = 0  # tokens that its handle has been told of
         self.deadline: float | None = None
         if self.request.max_seconds is not None:
@@ -175,6 +182,13 @@ class Lanes:
         self.roles[i, start:stop] = DATABASE
         self.log_probs[i, start:stop] = np.nan
         self.length[i] = self.turn_start[i] = stop
+
+    def sketch(self, lane: Lane, tokens: Sequence[int]) -> None:
+        """Put drafts behind a lane's tokens, where the next pass finds them; they are not its own."""
+        i, start = lane.index, int(self.length[lane.index])
+        self.reserve(start + len(tokens))
+        self.tokens[i, start : start + len(tokens)] = tokens
+        self.roles[i, start : start + len(tokens)] = ASSISTANT
 
     def full(self, lanes: np.ndarray) -> np.ndarray:
         """(n,) bool: which lanes may not write another token."""

@@ -362,6 +362,22 @@ class Pager:
         for arena, copy in zip(self.state.arenas("slot"), snapshot, strict=True):
             arena.index_copy_(0, slots.to(arena.device), copy)
 
+    def move(self, rows: np.ndarray, sources: np.ndarray, targets: np.ndarray) -> None:
+        """Copy tokens of active branches to other places of theirs.
+
+        Args:
+            rows: (n,) int64.
+            sources: (n,) int64, which token of the branch.
+            targets: (n,) int64, the place that it is to have.
+        """
+
+        def where(tokens: np.ndarray) -> tuple[Tensor, Tensor]:
+            pages, offsets = self.pages[rows, tokens // self.page_size], tokens % self.page_size
+            device = self.state.device
+            return torch.from_numpy(pages).to(device), torch.from_numpy(offsets).to(device)
+
+        self.state.move(where(sources), where(targets))
+
     # Pieces
 
     def _new(self, kind: Kind) -> Piece:

@@ -14,19 +14,28 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from toolmem.generation.lanes import Lane, Lanes
+from toolmem.generation.lanes import BLOCK, Lane, Lanes
 from toolmem.generation.paging import NoRoom, Pager
 from toolmem.generation.planning import Pass, budgeted, pass_overhead, passes
 from toolmem.generation.prefixes import PrefixTree
 from toolmem.generation.reference import Generated
 from toolmem.generation.requests import Event
-from toolmem.generation.sampling import choose
+from toolmem.generation.sampling import History, choose
+from toolmem.generation.speculative import (
+    Acceptance,
+    Draft,
+    Drafter,
+    ancestors,
+    depths,
+    follow,
+    trunk,
+)
 from toolmem.tools.base import extract_query
 
 if TYPE_CHECKING:
@@ -88,6 +97,20 @@ class Stats:
     requests_cancelled: int = 0
 
 
+class Read(NamedTuple):
+    """What came of a pass.
+
+    Args:
+        lanes: that have read all of theirs, and are to write.
+        rows: by lane, how many rows of ``hidden`` are its own: its last token, and each of its draft.
+        hidden: (sum of rows, dim), what the head reads there.
+    """
+
+    lanes: list[Lane]
+    rows: list[int]
+    hidden: Tensor
+
+
 class Scheduler:
     """All lanes of an engine. One thread at a time.
 
@@ -100,6 +123,7 @@ class Scheduler:
         pager: owns the decoding state.
         prefix_sharing: let dialogues that begin alike read their beginning once.
         invariant: results do not hang on the batch.
+        drafter: proposes tokens that the model then checks; None to read one at a time.
         row_independent: the model gives a row the same bits whatever stands beside it in a pass.
         wake: called, from any thread, when a tool has answered.
     """
@@ -116,6 +140,7 @@ class Scheduler:
         prefix_sharing: bool,
         invariant: bool,
         row_independent: bool,
+        drafter: Drafter | None,
         wake: Callable[[], None],
     ) -> None:
         self.model = model
@@ -126,12 +151,16 @@ class Scheduler:
         self.pager = pager
         self.invariant = invariant
         self.row_independent = row_independent
+        self.drafter = drafter
+        self.acceptance = Acceptance(drafter.max_tokens if drafter is not None else 0)
         self.wake = wake
         self.both_ways = model.attention_mask == "prefix"
         self.tree: PrefixTree | None = None
         if prefix_sharing and not invariant:
             exact = self.both_ways or bool(pager.bytes_each["slot"])
             self.tree = PrefixTree(pager, exact=exact)
+        # A tree of drafts needs nothing but keys and values, which stay where they are.
+        self._chains_only = self.both_ways or bool(pager.bytes_each["slot"])
         self.overhead = pass_overhead(model)
         self.lanes = Lanes(tokenizer, model.max_seq_len)
         self.device = model.embedding.weight.device
@@ -189,6 +218,8 @@ class Scheduler:
         self._listened.discard(lane)
         self._timed.discard(lane)
         self.lanes.remove(lane)
+        if self.drafter is not None:
+            self.drafter.forget(lane)
         lane.handle.finish(result)
 
     def _leave(self, lane: Lane) -> None:
@@ -237,11 +268,14 @@ class Scheduler:
         """Drop all that was made with weights that have changed; it is read again."""
         if self.tree is not None:
             self.tree.clear()
+        if self.drafter is not None:
+            self.drafter.forget(None)
         for lane in self.alive:
             active = lane.branch.row is not None
             self.pager.free(lane.branch)
             lane.branch = self.pager.new()
-            lane.hidden = None
+            lane.hidden = lane.features = None
+            lane.featured = 0
             if active:
                 self.lanes.row[lane.index] = self.pager.activate(lane.branch)
 
@@ -256,17 +290,17 @@ class Scheduler:
         if not self.running:
             return False
         self.counts.steps += 1
-        lanes = [lane for lane in self.running if lane.hidden is not None]
-        states = [lane.hidden for lane in lanes if lane.hidden is not None]
-        hidden = [torch.stack(states)] if states else []
-        for lane in lanes:
-            lane.hidden = None
-        for group in self._plan():
-            ready, at_last = self._read(group)
-            lanes += ready
-            hidden.append(at_last)
-        if lanes:
-            self._write(lanes, torch.cat(hidden))
+        written: list[Read] = []
+        known = [lane for lane in self.running if lane.hidden is not None]
+        if known:
+            states = [lane.hidden for lane in known if lane.hidden is not None]
+            written.append(Read(known, [1] * len(known), torch.stack(states)))
+            for lane in known:
+                lane.hidden = None
+        # room for all passes first: making it may cost lanes their place
+        for group in [self._make_room(*group) for group in list(self._plan())]:
+            written.append(self._read(group))
+        self._write(written)
         for lane in list(self._listened):
             self._tell(lane)
         return True
@@ -352,6 +386,10 @@ class Scheduler:
         return True
 
     def _deactivate(self, lane: Lane) -> None:
+        lane.draft = lane.before = None
+        row, i = int(self.lanes.row[lane.index]), lane.index
+        # it may have stopped within what was accepted
+        self.pager.lengths[row] = min(self.pager.lengths[row], self.lanes.length[i])
         self.pager.deactivate(lane.branch)
         self.lanes.row[lane.index] = -1
         self.running.remove(lane)
@@ -373,7 +411,43 @@ class Scheduler:
             yield from self._invariant_passes(index, waiting)
         elif len(index):
             counts = budgeted(waiting, self.step_tokens, self.both_ways)
+            if self.drafter is not None:
+                counts = counts + self._draft(index, waiting)
             yield from passes(index[counts > 0], counts[counts > 0], self.overhead)
+
+    def _draft(self, index: np.ndarray, waiting: np.ndarray) -> np.ndarray:
+        """Draft for the lanes that are about to write; (n,) int64, how many tokens of each."""
+        assert self.drafter is not None
+        lanes, most = self.lanes, self.drafter.max_tokens
+        # a token that is written without a draft is left at the end of either limit
+        left = np.minimum(
+            lanes.max_written[index] - lanes.written[index],
+            self.model.max_seq_len - lanes.length[index],
+        )
+        may = (waiting <= 1 + most) & (left > 1)
+        if self.pager.bytes_each["slot"]:
+            may &= ~lanes.stops[index]  # where it would stop its state could not be gone back to
+        places = np.flatnonzero(may).tolist()
+        drafted = np.zeros(len(index), dtype=np.int64)
+        if not places:
+            return drafted
+        objects = [lanes.objects[index[at]] for at in places]
+        limits = [
+            min(self.acceptance.limit(lane), int(left[at]) - 1, BLOCK - 1)
+            for at, lane in zip(places, objects, strict=True)
+        ]
+        drafts = self.drafter.propose(objects, lanes, limits)
+        for at, lane, draft in zip(places, objects, drafts, strict=True):
+            if self._chains_only and not draft.is_chain:
+                draft = trunk(draft)
+            if draft.tokens:
+                room = self.model.max_seq_len - int(lanes.length[lane.index])
+                if len(draft.tokens) > room:
+                    continue
+                lane.draft = draft
+                lanes.sketch(lane, draft.tokens)
+                drafted[at] = len(draft.tokens)
+        return drafted
 
     def _invariant_passes(self, index: np.ndarray, waiting: np.ndarray) -> Iterator[Pass]:
         one = index[waiting == 1]
@@ -385,21 +459,18 @@ class Scheduler:
             if count > 1:
                 yield Pass(np.array([i]), np.array([min(count, most)]))
 
-    def _read(self, group: Pass) -> tuple[list[Lane], Tensor]:
-        """Run tokens through the model.
-
-        Returns:
-            the lanes that have read all of theirs, and what the head reads at the last token of each,
-            (n, dim).
-        """
+    def _read(self, group: Pass) -> Read:
+        """Run tokens through the model."""
         lanes, pager = self.lanes, self.pager
-        index, counts = self._make_room(*group)
+        here = lanes.row[group.lanes] >= 0
+        index, counts = group.lanes[here], group.counts[here]
         if not len(index):
-            return [], torch.empty(0, self.model.dim, device=self.device)
+            return Read([], [], torch.empty(0, self.model.dim, device=self.device))
         rows = lanes.row[index]
         ends = -(-(pager.lengths[rows] + counts) // pager.page_size)
         order = np.argsort(ends, kind="stable")  # lanes over equally many pages stand together
         index, counts, rows = index[order], counts[order], rows[order]
+        objects = [lanes.objects[i] for i in index.tolist()]
         fed, width, padding = pager.lengths[rows], int(counts.max()), 0
         columns = np.arange(width)
         real = columns < counts[:, None]
@@ -411,20 +482,75 @@ class Scheduler:
             run_rows = np.concatenate((np.full(padding, -1), rows))
             run_counts = np.ones(self._tile, dtype=np.int64)
             chunk = np.concatenate((np.zeros((padding, 1), dtype=np.int64), chunk))
-        spans = self._spans(index, fed, counts, width) if self.both_ways else None
+        drafting = [lane for lane in objects if lane.draft is not None]
+        if drafting:
+            self._keep_states(drafting)
         hidden = self.model.hidden(
             torch.from_numpy(chunk).to(self.device),
             cache=pager.cache(run_rows, run_counts),
             counts=None if real.all() else torch.from_numpy(counts).to(self.device),
-            spans=spans,
+            spans=self._spans(index, fed, counts, width) if self.both_ways else None,
+            tree=self._trees(objects, width) if drafting else None,
         )
         pager.lengths[rows] = fed + counts
-        self.counts.tokens_prefilled += int(counts[counts > 1].sum())
-        done = np.flatnonzero(fed + counts == lanes.length[index])
-        at = torch.from_numpy(done + padding).to(self.device)
-        last = torch.from_numpy(counts[done] - 1).to(self.device)
-        ready = [lanes.objects[i] for i in index[done].tolist()]
-        return self._with_followers(ready, hidden[at, last])
+        drafts = np.array([len(lane.draft.tokens) if lane.draft else 0 for lane in objects])
+        self.counts.tokens_prefilled += int((counts - drafts)[counts - drafts > 1].sum())
+        if self.drafter is not None and self.drafter.window:
+            self._keep_features(objects, hidden[padding:], fed, counts - drafts)
+        done = np.flatnonzero(fed + counts - drafts == lanes.length[index])
+        at = np.repeat(done, 1 + drafts[done]) + padding
+        column = np.concatenate(
+            [np.arange(counts[i] - 1 - drafts[i], counts[i]) for i in done]
+            or [np.zeros(0, np.int64)]
+        )
+        states = hidden[
+            torch.from_numpy(at).to(self.device), torch.from_numpy(column).to(self.device)
+        ]
+        return self._with_followers(
+            Read([objects[i] for i in done], (1 + drafts[done]).tolist(), states)
+        )
+
+    def _keep_states(self, lanes: list[Lane]) -> None:
+        """Note what has one size before drafts are read, for when some are not accepted."""
+        if self.pager.bytes_each["slot"]:
+            rows = self.lanes.row[[lane.index for lane in lanes]]
+            snapshot = self.pager.snapshot(rows)
+            for at, (lane, row) in enumerate(zip(lanes, rows.tolist(), strict=True)):
+                before = [tensor[at : at + 1] for tensor in snapshot]
+                lane.before = int(self.pager.lengths[row]), before
+
+    def _keep_features(
+        self, lanes: list[Lane], hidden: Tensor, fed: np.ndarray, counts: np.ndarray
+    ) -> None:
+        """Keep what the head read at the last certain tokens of each lane."""
+        columns = (fed.tolist(), counts.tolist())
+        for at, (lane, start, count) in enumerate(zip(lanes, *columns, strict=True)):
+            known = max(0, lane.featured - start)  # read before, and again after a draft failed
+            self._add_features(lane, hidden[at, known:count], start + count)
+
+    def _add_features(self, lane: Lane, new: Tensor, stop: int) -> None:
+        assert self.drafter is not None
+        if len(new):
+            kept = new if lane.features is None else torch.cat((lane.features, new))
+            lane.features, lane.featured = kept[-self.drafter.window :].clone(), stop
+
+    def _trees(self, lanes: list[Lane], width: int) -> tuple[Tensor, Tensor] | None:
+        """Depths, and what sees what, of a pass with drafts; None where all are chains."""
+        if all(lane.draft is None or lane.draft.is_chain for lane in lanes):
+            return None
+        offsets = np.tile(np.arange(width), (len(lanes), 1))
+        sees = np.tile(np.tri(width, dtype=bool), (len(lanes), 1, 1))
+        for at, lane in enumerate(lanes):
+            draft = lane.draft
+            if draft is not None and not draft.is_chain:
+                row = int(self.lanes.row[lane.index])
+                waiting = int(self.lanes.length[lane.index] - self.pager.lengths[row])
+                start, stop = waiting - 1, waiting + len(draft.tokens)
+                sees[at, waiting:stop] = False
+                sees[at, waiting:stop, :waiting] = True
+                sees[at, start:stop, start:stop] = ancestors(draft)
+                offsets[at, waiting:stop] = start + np.array(depths(draft))
+        return torch.from_numpy(offsets).to(self.device), torch.from_numpy(sees).to(self.device)
 
     @property
     def _tile(self) -> int:
@@ -453,10 +579,14 @@ class Scheduler:
                 else:
                     self.finish(self.running[0], "length")
 
-    def _with_followers(self, ready: list[Lane], hidden: Tensor) -> tuple[list[Lane], Tensor]:
+    def _with_followers(self, read: Read) -> Read:
         """Let lanes of the same prompt share what one has read."""
-        lanes, rows = list(ready), list(range(len(ready)))
-        for at, lane in enumerate(ready):
+        lanes, rows, hidden = read
+        if not any(lane.reading for lane in lanes):
+            return read
+        first = np.cumsum([0, *rows]).tolist()
+        more, sources = [], []
+        for lane, at in zip(lanes, first, strict=False):
             if not lane.reading:
                 continue
             followers, lane.followers = lane.followers, []
@@ -467,38 +597,100 @@ class Scheduler:
                 self.following.discard(follower)
                 follower.leader = None
                 follower.branch = self.pager.fork(lane.branch)
+                follower.features, follower.featured = lane.features, lane.featured
                 self.counts.tokens_shared += lane.branch.length
                 if len(self.running) < self.max_lanes and self._activate(follower):
-                    lanes.append(follower)
-                    rows.append(at)
+                    more.append(follower)
+                    sources.append(at)
                 else:
                     follower.hidden = hidden[at]
                     self.ready.append(follower)
-        if len(lanes) > len(ready):
-            hidden = hidden[torch.tensor(rows, device=hidden.device)]
-        return lanes, hidden
+        if more:
+            hidden = torch.cat((hidden, hidden[torch.tensor(sources, device=hidden.device)]))
+        return Read([*lanes, *more], [*rows, *([1] * len(more))], hidden)
 
     # Writing
 
-    def _write(self, lanes: list[Lane], hidden: Tensor) -> None:
-        """Let each lane write its next token.
+    def _write(self, read: list[Read]) -> None:
+        """Let each lane that has read all of its tokens write the next one, and those drafted right."""
+        lanes = [lane for part in read for lane in part.lanes]
+        if not lanes:
+            return
+        rows = np.array([n for part in read for n in part.rows], dtype=np.int64)
+        index = np.fromiter((lane.index for lane in lanes), np.int64, len(lanes))
+        hidden = torch.cat([part.hidden for part in read])
+        tokens, log_probs = self._choose(lanes, index, rows, self._logits(hidden))
+        if rows.max() == 1:
+            self.lanes.used(index)
+            self._put(lanes, index, tokens, log_probs)
+            return
+        starts = np.cumsum(rows) - rows
+        accepted = []
+        for lane, start, n in zip(lanes, starts.tolist(), rows.tolist(), strict=True):
+            accepted.append([start, *(self._accept(lane, tokens[start : start + n], start))])
+        if self.drafter is not None and self.drafter.window:
+            for lane, path in zip(lanes, accepted, strict=True):
+                new = hidden[torch.tensor(path[1:], dtype=torch.int64, device=hidden.device)]
+                self._add_features(lane, new, lane.featured + len(new))
+        longest = max(len(path) for path in accepted)
+        for depth in range(longest):
+            some = [at for at, path in enumerate(accepted) if len(path) > depth]
+            some = [
+                at for at in some if lanes[at] in self.alive and lanes[at].branch.row is not None
+            ]
+            if not some:  # they have stopped
+                break
+            at_depth = np.array([accepted[at][depth] for at in some], dtype=np.int64)
+            self.lanes.used(index[some])
+            self._put(
+                [lanes[at] for at in some], index[some], tokens[at_depth], log_probs[at_depth]
+            )
+
+    def _accept(self, lane: Lane, chosen: np.ndarray, start: int) -> list[int]:
+        """Go along a lane's draft as far as it is what the lane writes; keep nothing of the rest.
 
         Args:
-            lanes: those that have read all of theirs.
-            hidden: (lanes, dim), what the head reads at their last token.
+            lane: its draft has been read.
+            chosen: (1 + nodes,) int64, what it writes behind its last token, and behind each node.
+            start: where these stand among all of this step.
+
+        Returns:
+            the places of what it writes behind the nodes that it goes along.
         """
-        # a lane may have had to pause for another's pages since it read
-        if any(lane.branch.row is None for lane in lanes):
-            here = [at for at, lane in enumerate(lanes) if lane.branch.row is not None]
-            for at, lane in enumerate(lanes):
-                if lane.branch.row is None and lane in self.alive:
-                    lane.hidden = hidden[at]
-            lanes = [lanes[at] for at in here]
-            hidden = hidden[torch.tensor(here, dtype=torch.int64, device=hidden.device)]
-            if not lanes:
-                return
-        index = np.fromiter((lane.index for lane in lanes), np.int64, len(lanes))
-        tokens, log_probs = self._choose(lanes, index, self._logits(hidden))
+        draft, lane.draft = lane.draft, None
+        if draft is None:
+            return []
+        path = follow(draft, chosen.tolist())
+        self.acceptance.note(lane, max(depths(draft)), len(path))
+        for at, node in enumerate(path):  # a turn's end is the last thing that is read of a draft
+            if draft.tokens[node] in (self._end, self._database):
+                path = path[:at]
+                break
+        self._settle(lane, draft, path)
+        return [start + 1 + node for node in path]
+
+    def _settle(self, lane: Lane, draft: Draft, path: list[int]) -> None:
+        """Leave in a lane's state what it goes along, and only that."""
+        row, length = int(self.lanes.row[lane.index]), int(self.lanes.length[lane.index])
+        lane_rows = np.array([row])
+        if self.pager.bytes_each["slot"]:
+            before, lane.before = lane.before, None
+            assert before is not None
+            if len(path) < len(
+                draft.tokens
+            ):  # what it goes along is read again with the next token
+                self.pager.rewind(lane_rows, np.array([before[0]]), before[1])
+            return
+        if path != list(range(len(path))):
+            sources = length + np.array(path, dtype=np.int64)
+            targets = length + np.arange(len(path))
+            self.pager.move(np.full(len(path), row), sources, targets)
+        self.pager.lengths[row] = length + len(path)
+
+    def _put(
+        self, lanes: list[Lane], index: np.ndarray, tokens: np.ndarray, log_probs: np.ndarray
+    ) -> None:
+        """Add a token to each of some lanes, and do what follows from it."""
         self.lanes.write(index, tokens, log_probs)
         self.counts.tokens_sampled += len(lanes)
         ended, called = tokens == self._end, tokens == self._database
@@ -524,20 +716,43 @@ class Scheduler:
         return self.model.logits(hidden).float()
 
     def _choose(
-        self, lanes: list[Lane], index: np.ndarray, logits: Tensor
+        self, lanes: list[Lane], index: np.ndarray, rows: np.ndarray, logits: Tensor
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The next token of each lane, and the model's own log-probability of it."""
+        """What lanes write behind their last token and behind each of their drafts.
+
+        Args:
+            lanes: any.
+            index: (n,) int64, theirs.
+            rows: (n,) int64, how many rows of logits each has.
+            logits: (sum of rows, vocab) float32.
+
+        Returns:
+            tokens, and the model's own log-probability of each, (sum of rows,).
+        """
         samplers = [self.lanes.samplers[number] for number in np.unique(self.lanes.sampler[index])]
+        deep = [depths(lane.draft) if lane.draft else [] for lane in lanes]
         uniform = histories = None
         if any(sampler.random for sampler in samplers):
-            uniform = torch.from_numpy(self.lanes.numbers(lanes)[:, 0])
-            self.lanes.used(index)
+            numbers = self.lanes.numbers(lanes, max((max(d) for d in deep if d), default=0))
+            depth = np.concatenate([[0, *d] for d in deep])
+            uniform = torch.from_numpy(numbers[np.repeat(np.arange(len(lanes)), rows), depth])
         if any(getattr(sampler, "needs_history", False) for sampler in samplers):
-            histories = [self.lanes.history(lane) for lane in lanes]
-        each = samplers[0] if len(samplers) == 1 else [lane.request.sampler for lane in lanes]
+            histories = [history for lane in lanes for history in self._histories(lane)]
+        each = samplers[0]
+        if len(samplers) > 1:
+            owners = zip(lanes, rows.tolist(), strict=True)
+            each = [lane.request.sampler for lane, n in owners for _ in range(n)]
         chosen = choose(each, logits, uniform, histories)
         log_probs = logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(dim=-1)
         return chosen.cpu().numpy(), log_probs.cpu().numpy()
+
+    def _histories(self, lane: Lane) -> Iterator[History]:
+        """What a lane holds, and what it would hold at each of its drafts."""
+        yield self.lanes.history(lane)
+        paths: list[list[int]] = []
+        for token, parent in zip(*lane.draft, strict=True) if lane.draft else ():
+            paths.append([*(paths[parent] if parent >= 0 else []), token])
+            yield self.lanes.history(lane, paths[-1])
 
     def _stopped(self, lane: Lane, token: int) -> bool:
         """Whether what it wrote last is one of its stop tokens, or ends one of its stop strings."""

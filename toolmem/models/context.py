@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from toolmem.models import flex
-from toolmem.models.masks import attention_mask
+from toolmem.models.masks import attention_mask, tree_mask
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -50,6 +50,8 @@ class Context:
         counts: (b,) int64, real tokens of each row of a cached chunk; None when all are.
         slots: (b, s) int64, where each new token goes in a cache of all tokens; None without one.
         n_keys: cached keys to look at; 0 when the chunk is all there is.
+        tree: (b,) lengths before a tree of drafts, and (b, s, s) bool, which of its tokens each sees; None
+            for tokens that follow each other.
         extras: where terms of the loss and figures go; None when nobody wants them.
         shared: what an earlier layer leaves for later ones, by name.
         kernel: what runs attention that is not plainly causal, over whole rows: torch's own
@@ -64,6 +66,7 @@ class Context:
     counts: Tensor | None = None
     slots: Tensor | None = None
     n_keys: int = 0
+    tree: tuple[Tensor, Tensor] | None = None
     extras: Extras | None = None
     shared: dict[str, Tensor] = field(default_factory=dict)
     kernel: flex.Kernel = "sdpa"
@@ -81,6 +84,8 @@ class Context:
         Returns:
             bool, broadcasting to (b, heads, s, keys), or None.
         """
+        if window not in self.masks and self.tree is not None:
+            self.masks[window] = tree_mask(*self.tree, self.n_keys)
         if window not in self.masks:
             self.masks[window] = attention_mask(
                 self.positions,

@@ -161,6 +161,7 @@ class LanguageModel(nn.Module):
         cache: Cache | None = None,
         counts: Tensor | None = None,
         spans: Tensor | None = None,
+        tree: tuple[Tensor, Tensor] | None = None,
         extras: Extras | None = None,
     ) -> Tensor:
         """What the head reads: the last block's output after the final norm.
@@ -175,6 +176,9 @@ class LanguageModel(nn.Module):
             spans: (batch, seq) int64, ids (0 and up, unlike those of the row's other spans) of the spans
                 that the model did not write, -1 elsewhere. A model of ``attention_mask: prefix`` looks
                 both ways within each; with a cache, a span must come in one chunk. Others ignore it.
+            tree: of drafts, only with a cache: (batch, seq) int64 depths, by how much each token stands
+                behind the first, and (batch, seq, seq) bool, which tokens of the chunk each sees. For
+                models that keep nothing but keys and values of all tokens (no window, no state).
             extras: takes terms of the loss and figures to log.
 
         Returns:
@@ -190,7 +194,7 @@ class LanguageModel(nn.Module):
         else:
             if documents is not None:
                 raise ToolmemError("documents cannot be given with a cache: one lane, one document")
-            context = self._cached_context(tokens, cache, counts, spans)
+            context = self._cached_context(tokens, cache, counts, spans, tree)
         context.extras = extras
         x = self.embed(tokens)
         if self.position_embedding is not None:
@@ -342,7 +346,12 @@ class LanguageModel(nn.Module):
         return context
 
     def _cached_context(
-        self, tokens: Tensor, cache: Cache, counts: Tensor | None, spans: Tensor | None
+        self,
+        tokens: Tensor,
+        cache: Cache,
+        counts: Tensor | None,
+        spans: Tensor | None,
+        tree: tuple[Tensor, Tensor] | None = None,
     ) -> Context:
         """The context of a chunk that continues the cache's lanes."""
         seq = tokens.shape[1]
@@ -356,6 +365,8 @@ class LanguageModel(nn.Module):
             # Padding goes to the slot that nothing looks at, and takes a position that exists.
             slots = torch.where(index < counts[:, None], positions, cache.max_len)
             positions = positions.clamp(max=self.max_seq_len - 1)
+        if tree is not None:
+            positions = (cache.lengths[:, None] + tree[0]).clamp(max=self.max_seq_len - 1)
         key_spans = None
         if self.attention_mask == "prefix":
             spans = torch.full_like(tokens, -1) if spans is None else spans
@@ -363,8 +374,12 @@ class LanguageModel(nn.Module):
                 spans = torch.where(index < counts[:, None], spans, -1)
             key_spans = cache.key_spans(slots, spans)
         context = Context(positions, counts=counts, slots=slots, spans=spans, key_spans=key_spans)
-        if cache.longest:  # else the chunk is all there is, and plain causal attention serves
-            context.n_keys = longest
+        if cache.longest or tree is not None:
+            context.n_keys = (
+                longest  # else the chunk is all there is, and plain causal attention serves
+            )
+        if tree is not None:
+            context.tree = cache.lengths, tree[1]
         if self.rotary:
             context.rotary = (self.rotary_cos[positions], self.rotary_sin[positions])
         return context

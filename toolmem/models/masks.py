@@ -88,6 +88,24 @@ def attention_mask(
     return allowed if allowed.ndim == 2 else allowed[:, None]
 
 
+def tree_mask(lengths: Tensor, ancestors: Tensor, n_keys: int) -> Tensor:
+    """Attention of a tree of drafted tokens over a cache: to all before the tree, and to its own path.
+
+    Args:
+        lengths: (batch,) int64, tokens of each lane before the tree; its nodes' keys follow them.
+        ancestors: (batch, nodes, nodes) bool, which nodes each sees, itself among them.
+        n_keys: cached keys that are looked at.
+
+    Returns:
+        (batch, 1, nodes, n_keys) bool.
+    """
+    index = torch.arange(n_keys, device=lengths.device)
+    node = (index - lengths[:, None]).clamp(0, ancestors.shape[2] - 1)
+    inside = (index >= lengths[:, None]) & (index < lengths[:, None] + ancestors.shape[2])
+    own = ancestors.gather(2, node[:, None, :].expand(-1, ancestors.shape[1], -1))
+    return torch.where(inside[:, None], own, index < lengths[:, None, None])[:, None]
+
+
 def ring_mask(
     positions: Tensor,
     key_positions: Tensor,

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from toolmem.models.language_model import LanguageModel
 
 
+# Tokens of a lane at once up to which attention runs by the decoding kernel.
+FEW_TOKENS = 8
+
+
 class Tables:
     """Which pages the lanes of the forward pass under way own; one object, seen by every layer.
 
@@ -61,13 +65,17 @@ class Tables:
             self._places = slots, (pages, slots % self.page_size)
         return self._places[1]
 
-    def for_kernel(self) -> tuple[Tensor, Tensor]:
-        """Pages and lengths as the decoding kernel takes them: int32."""
+    def for_kernel(self, seq: int, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Pages and lengths of each token as the decoding kernel takes them, int32; -1 for padding."""
         if self._for_kernel is None:
-            self._for_kernel = (
-                self.pages.to(torch.int32).contiguous(),
-                self.lengths.to(torch.int32),
-            )
+            pages, lengths = self.pages.to(torch.int32), self.lengths.to(torch.int32)
+            if seq > 1:
+                index = torch.arange(seq, dtype=torch.int32, device=pages.device)
+                lengths = lengths[:, None] + index
+                if counts is not None:
+                    lengths = torch.where(index < counts[:, None], lengths, -1)
+                pages, lengths = pages.repeat_interleave(seq, 0), lengths.flatten()
+            self._for_kernel = pages.contiguous(), lengths
         return self._for_kernel
 
 
@@ -99,21 +107,9 @@ class PagedAttention(PagedTokens, AttentionCache):
         self, mixer: Attention, queries: Tensor, keys: Tensor, values: Tensor, context: Context
     ) -> Tensor:
         """As ``AttentionCache.attend``; each lane works over its own pages, none over padding."""
-        one_each = queries.shape[1] == 1 and context.counts is None
-        if one_each and kernels.usable(queries, self.keys):
-            tables, lengths = self.tables.for_kernel()
-            y = kernels.paged_attention(
-                queries[:, 0],
-                keys[:, 0],
-                values[:, 0],
-                self.keys,
-                self.values,
-                tables,
-                lengths,
-                mixer.scale,
-                mixer.softcap,
-            )
-            return y[:, :, None]
+        plain = context.tree is None and context.spans is None
+        if queries.shape[1] <= FEW_TOKENS and plain and kernels.usable(queries, self.keys):
+            return self._by_kernel(mixer, queries, keys, values, context)
         if not context.n_keys or len(self.tables.groups) == 1:
             return super().attend(mixer, queries, keys, values, context)
         self.write(context, keys=keys, values=values)
@@ -131,6 +127,25 @@ class PagedAttention(PagedTokens, AttentionCache):
                 )
             )
         return torch.cat(outputs)
+
+    def _by_kernel(
+        self, mixer: Attention, queries: Tensor, keys: Tensor, values: Tensor, context: Context
+    ) -> Tensor:
+        """Each token as a lane of its own, over the same pages: those of one lane one after the other."""
+        batch, seq = queries.shape[:2]
+        if seq > 1:  # the kernel writes them too, but not before another token may look
+            self.write(context, keys=keys, values=values)
+        y = kernels.paged_attention(
+            queries.flatten(0, 1),
+            keys.flatten(0, 1),
+            values.flatten(0, 1),
+            self.keys,
+            self.values,
+            *self.tables.for_kernel(seq, context.counts),
+            mixer.scale,
+            mixer.softcap,
+        )
+        return y.unflatten(0, (batch, seq)).transpose(1, 2)
 
 
 @functools.cache
@@ -215,7 +230,7 @@ class PagedState:
         prototype = model.new_cache(1, 0, device=device, dtype=dtype)
         self.device = prototype.device
         # (state, name, arena): of what grows with the tokens, and of what does not
-        self.pages: list[Tensor] = []
+        self.tokens: list[tuple[LaneState, str, Tensor]] = []
         self.fixed: list[tuple[LaneState, str, Tensor]] = []
         self.initial: list[Tensor] = []
         self.layers = [self._lay_out(layer, n_pages, n_slots) for layer in prototype.layers]
@@ -235,7 +250,7 @@ class PagedState:
                 shape = list(tensor.shape)
                 shape[0], shape[state.token_dims[name]] = n_pages, self.page_size
                 arena = _zeros(shape, tensor)
-                self.pages.append(arena)
+                self.tokens.append((new, name, arena))
                 setattr(new, name, arena)
             else:
                 arena = _zeros([n_slots, *tensor.shape[1:]], tensor)
@@ -277,7 +292,7 @@ class PagedState:
     @functools.cached_property
     def page_bytes(self) -> int:
         """Memory of one page, over all layers; 0 where nothing grows with the tokens."""
-        return sum(arena[0].numel() * arena.element_size() for arena in self.pages)
+        return sum(arena[0].numel() * arena.element_size() for _, _, arena in self.tokens)
 
     @functools.cached_property
     def slot_bytes(self) -> int:
@@ -286,12 +301,19 @@ class PagedState:
 
     def arenas(self, kind: str) -> Iterator[Tensor]:
         """The tensors of ``page`` or ``slot``."""
-        yield from self.pages if kind == "page" else (arena for _, _, arena in self.fixed)
+        for _, _, arena in self.tokens if kind == "page" else self.fixed:
+            yield arena
 
     def copy(self, kind: str, source: int, target: int) -> None:
         """Copy a page or a slot."""
         for arena in self.arenas(kind):
             arena[target].copy_(arena[source])
+
+    def move(self, sources: tuple[Tensor, Tensor], targets: tuple[Tensor, Tensor]) -> None:
+        """Copy tokens from places to other places, each given by pages and offsets, (n,) int64."""
+        for state, name, arena in self.tokens:
+            places = arena.movedim(state.token_dims[name], 1)
+            places[targets] = places[sources]
 
     def take(self, kind: str, place: int) -> list[Tensor]:
         """A copy of a page or slot on the host (pinned where the state is on CUDA)."""
