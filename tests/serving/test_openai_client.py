@@ -220,16 +220,20 @@ def test_log_probabilities(engine, stream):
     [(" is", "Zoë"), (["37", "nothing"], "Zoë is "), ("7.", "Zoë is 3"), (".", ANSWER[:-1])],
 )
 def test_stop_texts(engine, stop, text, stream):
-    """The answer ends before a stop text, whichever way it comes."""
+    """The answer ends before a stop text, whichever way it comes, and so do its tokens."""
     with serving(engine(reciter(IN_WEIGHT), TOKENIZER)) as (address, _):
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="none")
         if stream:
-            chunks, content, _turns = streamed(client, stop=stop)
+            chunks, content, _turns = streamed(client, stop=stop, logprobs=True)
             reason = chunks[-1].choices[0].finish_reason
+            parts = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices[0].logprobs]
+            entries = [entry for part in parts for entry in part.content]
         else:
-            choice = client.chat.completions.create(**ASK, stop=stop).choices[0]
+            choice = client.chat.completions.create(**ASK, stop=stop, logprobs=True).choices[0]
             content, reason = choice.message.content, choice.finish_reason
+            entries = choice.logprobs.content
         assert (content, reason) == (text, "stop")
+        assert bytes(b for entry in entries for b in entry.bytes).decode() == text
 
 
 def test_its_limit_of_tokens(client):

@@ -102,7 +102,7 @@ class Choice:
         chunk = self._chunk(delta)
         if content and self.request.logprobs:
             chunk["logprobs"] = self._log_probs(turn, self._told)
-            self._told = len(turn.tokens)
+            self._told = turn.shown
         return chunk
 
     @property
@@ -174,7 +174,8 @@ class Choice:
 
     def _log_probs(self, turn: Turn, start: int = 0) -> dict[str, Any]:
         entries = []
-        for token, value in zip(turn.tokens[start:], turn.log_probs[start:], strict=True):
+        told = slice(start, turn.shown)
+        for token, value in zip(turn.tokens[told], turn.log_probs[told], strict=True):
             spelled = self.tokenizer.decode_bytes([token])
             entries.append(
                 {

@@ -39,6 +39,7 @@ class Turn:
         text: whole characters so far, without a stop text.
         tokens: its ids, without role tokens.
         log_probs: of each; None where a tool spoke.
+        shown: how many of the tokens the text is made of; those of a stop text are not.
         calls: it ended in a tool call.
     """
 
@@ -46,6 +47,7 @@ class Turn:
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     log_probs: list[float | None] = field(default_factory=list)
+    shown: int = 0
     calls: bool = False
 
 
@@ -140,7 +142,9 @@ class Transcript:
             else:
                 keep = max(_overlap(text, stop) for stop in self.stop)
                 text, self._held = text[: len(text) - keep], text[len(text) - keep :]
-        turn.text += text
+        if text:
+            turn.text += text
+            turn.shown = len(turn.tokens)
         return text
 
     def _end(self, turn: Turn) -> Piece:
@@ -148,8 +152,9 @@ class Transcript:
         before = self.tokenizer.decode(turn.tokens[self._start : self._read])
         text = self.tokenizer.decode(turn.tokens[self._start :])
         shown = self._show(turn, text[len(before) :])
-        if not self._cut:
+        if not self._cut and self._held:
             turn.text += self._held
+            turn.shown = len(turn.tokens)
             shown += self._held
         return Piece(turn.role, shown, ends=True, calls=turn.calls)
 
