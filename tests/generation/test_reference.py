@@ -51,7 +51,7 @@ class Script(Transformer):
         self.whole = torch.tensor([*prompt, *script])
         self.modes = []
 
-    def hidden(self, tokens, cache=None, counts=None, spans=None):
+    def hidden(self, tokens, cache=None, counts=None, spans=None, tree=None):
         self.modes.append(self.training)
         start = torch.zeros(len(tokens), 1, dtype=torch.int64) if cache is None else cache.lengths
         positions = start.view(-1, 1) + torch.arange(tokens.shape[1])

@@ -125,7 +125,9 @@ def test_equals_plain_decoding(name, tree, sampler):
 @pytest.mark.parametrize("name", ["plain", "mamba2"])
 def test_prompt_lookup(name, sampler):
     histogram, _ = check(MODELS[name](), PromptLookup(), sampler, ragged_prompts(6))
-    if sampler is None and name == "plain":  # what a random model says likeliest goes round in circles
+    if (
+        sampler is None and name == "plain"
+    ):  # what a random model says likeliest goes round in circles
         assert histogram["tokens_per_pass"] > 1.2
 
 

@@ -22,11 +22,12 @@ import torch
 
 from toolmem.errors import ToolmemError
 from toolmem.generation.lanes import Lane
+from toolmem.generation.lifecycle import Stats
 from toolmem.generation.paging import Branch, Pager
 from toolmem.generation.reference import Generated, check_prompt, evaluating
 from toolmem.generation.requests import EngineFull, Event, Handle, Request
 from toolmem.generation.sampling import Greedy, Sampler
-from toolmem.generation.scheduler import Scheduler, Stats
+from toolmem.generation.scheduler import Scheduler
 from toolmem.generation.speculative import Drafter
 from toolmem.models import kernels
 from toolmem.models.attention import Attention
