@@ -10,6 +10,7 @@ Lanes come and go at any step (``scheduler.py``). The rules of a dialogue are th
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -24,11 +25,12 @@ from toolmem.errors import ToolmemError
 from toolmem.generation.lanes import Lane
 from toolmem.generation.lifecycle import Stats
 from toolmem.generation.paging import Branch, Pager
-from toolmem.generation.reference import Generated, check_prompt, evaluating
+from toolmem.generation.reference import Generated, check_prompt, evaluating, token_roles
 from toolmem.generation.requests import EngineFull, Event, Handle, Request
 from toolmem.generation.sampling import Greedy, Sampler
 from toolmem.generation.scheduler import Scheduler
 from toolmem.generation.speculative import Drafter
+from toolmem.generation.tree import Node
 from toolmem.models import kernels
 from toolmem.models.attention import Attention
 from toolmem.models.moe import MixtureOfExperts
@@ -118,6 +120,7 @@ class Engine:
             wake=self._work.set,
         )
         self._entered = 0
+        self._seeds = 0
         self._lanes: dict[Handle, Lane] = {}
         self._cancelled: SimpleQueue[Handle] = SimpleQueue()
         self._lock = threading.RLock()
@@ -239,6 +242,35 @@ class Engine:
             for handle in handles:
                 handle.cancel()
             self._sweep()
+
+    def root(self, prompt: Sequence[int]) -> Node:
+        """The root of a tree of dialogues (``tree.py``); prune it when it is done with.
+
+        Args:
+            prompt: token ids, ending where the assistant begins to speak.
+        """
+        check_prompt(self.model, prompt)
+        tokens = list(prompt)
+        roles = token_roles(tokens, self.tokenizer.role_ids)
+        dialogue = Generated(tokens, roles, [math.nan] * len(tokens), "length", [], len(tokens))
+        with self._lock:
+            return Node(self, dialogue, self.pager.new())
+
+    def fork_branch(self, branch: Branch) -> Branch:
+        """Another owner of the same decoding state, for ``finish`` to go on from."""
+        with self._lock:
+            return self.pager.fork(branch)
+
+    def free_branch(self, branch: Branch) -> None:
+        """Give up decoding state that ``finish`` left to the caller."""
+        with self._lock:
+            self.pager.free(branch)
+
+    def next_seeds(self, n: int) -> int:
+        """The first of ``n`` seeds that no fork of this engine has had."""
+        with self._lock:
+            first, self._seeds = self._seeds, self._seeds + n
+            return first
 
     def update_weights(self, model: LanguageModel | None = None) -> None:
         """Go on with other weights; what was made with the old ones is dropped, and read again.
