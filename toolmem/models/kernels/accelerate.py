@@ -8,6 +8,8 @@ from collections import Counter
 from types import TracebackType
 from typing import Self
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from toolmem.models.kernels.functions import fast_linear, linear
@@ -32,6 +34,8 @@ class InvariantLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., inputs) to (..., outputs)."""
+        if torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad):
+            return F.linear(input, self.weight, self.bias)
         return linear(input, self.weight, self.bias)
 
 

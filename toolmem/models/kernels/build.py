@@ -27,7 +27,7 @@ SOURCE = Path(__file__).with_name("kernels.c")
 FLAGS = ("-O3", "-march=native", "-fPIC", "-shared", "-std=gnu11")
 # Tried in order: without OpenMP one thread does all.
 VARIANTS = (("-fopenmp",), ())
-SECONDS = 120  # a compiler that takes longer is no help
+SECONDS = 300  # a compiler that takes longer is no help
 
 
 class UnavailableError(Exception):

@@ -92,12 +92,15 @@ ALWAYS four sum_four(vec a, vec b, vec c, vec d) {
 #else
 #define MOST 2
 #endif
-/* How far before its use memory is asked for, in bytes. */
+/* How far before its use memory is asked for, in bytes, where it is read from end to end. */
 #define AHEAD 4096
-/* Up to so many rows weights are read row by row. */
-#ifndef ALONG_MOST
-#define ALONG_MOST 2
-#endif
+/* Up to so many rows, weights are read so. */
+#define ALONG_MOST 4
+/* Beyond, by four rows at a time, again for each block of rows of x: each of the first four passes asks
+ * for a fourth of the weights that come FURTHER rows later, into the second cache. Asked for any faster,
+ * they hold up the arithmetic: at 16 rows and three passes a third of the speed went. */
+#define PASSES 4
+#define FURTHER 8
 
 /* Weights are float, or bfloat16: the upper half of one. */
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
@@ -118,11 +121,11 @@ ALWAYS vec load_weight_part(const char *p, long i, long n, const int SIZE) {
 }
 
 /* M rows of x against R rows of w, R being 4 or 1, w's numbers of SIZE bytes. ALONG: row by row, as
- * memory is read fastest; else the R rows side by side, as registers are used best, and LINES of the
- * memory at `next`, which will be read soon, are asked for at each step. */
+ * memory is read fastest; else the R rows side by side, as registers are used best, and where there is
+ * NEXT, a line of the memory there is asked for at each step. */
 ALWAYS void block(const float *x, long x_stride, const char *w, long inputs, const float *bias, float *y,
                   long y_stride, const char *next, const int M, const int R, const int ALONG,
-                  const int LINES, const int SIZE) {
+                  const int NEXT, const int SIZE) {
     vec sums[MOST][4];
     long rest = inputs % LANES, whole = inputs - rest, w_stride = inputs * SIZE;
     if (ALONG) {
@@ -143,8 +146,7 @@ ALWAYS void block(const float *x, long x_stride, const char *w, long inputs, con
         for (long k = 0; k < whole; k += LANES) {
             vec weights[4];
             UNROLL for (int r = 0; r < R; r++) weights[r] = load_weight(w + r * w_stride, k, SIZE);
-            UNROLL for (int l = 0; l < LINES; l++)
-                __builtin_prefetch(next + (k * LINES + l * LANES) * SIZE, 0, 3);
+            if (NEXT) __builtin_prefetch(next + k * SIZE, 0, 2);
             UNROLL for (int i = 0; i < M; i++) {
                 vec row = load(x + i * x_stride + k);
                 IN_REGISTER(row);
@@ -174,20 +176,18 @@ ALWAYS void block(const float *x, long x_stride, const char *w, long inputs, con
 
 typedef void block_of(const float *x, long x_stride, const char *w, long inputs, const float *bias,
                       float *y, long y_stride, const char *next);
-#define BLOCK(NAME, M, R, ALONG, LINES, SIZE)                                                            \
+#define BLOCK(NAME, M, R, ALONG, NEXT, SIZE)                                                             \
     static __attribute__((noinline)) void NAME(const float *x, long x_stride, const char *w, long inputs, \
                                                const float *bias, float *y, long y_stride,               \
                                                const char *next) {                                       \
-        block(x, x_stride, w, inputs, bias, y, y_stride, next, M, R, ALONG, LINES, SIZE);                \
+        block(x, x_stride, w, inputs, bias, y, y_stride, next, M, R, ALONG, NEXT, SIZE);                 \
     }
-/* Of each number of rows: one output, four of them along, four side by side with 0, 1, 2, 4 lines. */
+/* Of each number of rows: one output, four along, four side by side without and with what comes next. */
 #define BLOCKS(M, SIZE)                                                                                  \
     BLOCK(one_##M##_##SIZE, M, 1, 1, 0, SIZE)                                                            \
     BLOCK(along_##M##_##SIZE, M, 4, 1, 0, SIZE)                                                          \
-    BLOCK(ahead0_##M##_##SIZE, M, 4, 0, 0, SIZE)                                                         \
-    BLOCK(ahead1_##M##_##SIZE, M, 4, 0, 1, SIZE)                                                         \
-    BLOCK(ahead2_##M##_##SIZE, M, 4, 0, 2, SIZE)                                                         \
-    BLOCK(ahead4_##M##_##SIZE, M, 4, 0, 4, SIZE)
+    BLOCK(side_##M##_##SIZE, M, 4, 0, 0, SIZE)                                                           \
+    BLOCK(next_##M##_##SIZE, M, 4, 0, 1, SIZE)
 #if MOST == 6
 #define EACH(SIZE) BLOCKS(1, SIZE) BLOCKS(2, SIZE) BLOCKS(3, SIZE) BLOCKS(4, SIZE) BLOCKS(5, SIZE) BLOCKS(6, SIZE)
 #define NAMES(KIND, SIZE)                                                                                \
@@ -198,10 +198,8 @@ typedef void block_of(const float *x, long x_stride, const char *w, long inputs,
 #endif
 EACH(4)
 EACH(2)
-enum { ONE, ALONG_ROWS, AHEAD0, AHEAD1, AHEAD2, AHEAD4, KINDS };
-#define TABLE(SIZE)                                                                                      \
-    {NAMES(one, SIZE), NAMES(along, SIZE), NAMES(ahead0, SIZE), NAMES(ahead1, SIZE), NAMES(ahead2, SIZE), \
-     NAMES(ahead4, SIZE)}
+enum { ONE, ALONG, SIDE, NEXT, KINDS };
+#define TABLE(SIZE) {NAMES(one, SIZE), NAMES(along, SIZE), NAMES(side, SIZE), NAMES(next, SIZE)}
 static block_of *const blocks_of[2][KINDS][MOST] = {TABLE(4), TABLE(2)};
 
 /* Rows of x that go by together, so that they stay in the second cache. */
@@ -209,22 +207,19 @@ static block_of *const blocks_of[2][KINDS][MOST] = {TABLE(4), TABLE(2)};
 
 static void some_rows(const float *x, long m, const char *w, long size, long outputs, long inputs,
                       const float *bias, float *y, long y_stride, long first, long last) {
-    long passes = (m + MOST - 1) / MOST, each = m / passes, more = m % passes;
+    long passes = (m + MOST - 1) / MOST;
+    if (m > ALONG_MOST && passes < PASSES) passes = PASSES;
+    long each = m / passes, more = m % passes;
     block_of *const(*table)[MOST] = blocks_of[size == 2];
-    /* All passes over four rows together ask for the next four, each for its share. */
-    int kind = m <= ALONG_MOST ? ALONG_ROWS : passes >= 8 ? AHEAD1 : passes >= 4 ? AHEAD1 : passes >= 2 ? AHEAD2 : AHEAD4;
-    long lines = kind == AHEAD1 ? 1 : kind == AHEAD2 ? 2 : kind == AHEAD4 ? 4 : 0;
     for (long b = first; b < last; b++) {
-        long j = 4 * b, many = j + 4 <= outputs ? 4 : 1;
-        for (; j < 4 * b + 4 && j < outputs; j += many) {
-            const char *from = w + j * inputs * size, *next = from + 4 * inputs * size;
-            block_of *const *chosen = table[many == 1 ? ONE : kind];
+        long j = 4 * b, outputs_each = j + 4 <= outputs ? 4 : 1;
+        for (; j < 4 * b + 4 && j < outputs; j += outputs_each) {
+            const char *from = w + j * inputs * size;
             for (long p = 0, i = 0; p < passes; p++) {
                 long n = each + (p < more);
-                if (many == 4 && kind == AHEAD1 && p >= 4) chosen = table[AHEAD0];
-                chosen[n - 1](x + i * inputs, inputs, from, inputs, bias ? bias + j : 0,
-                              y + i * y_stride + j, y_stride, next);
-                next += lines * inputs * size;
+                int kind = outputs_each == 1 ? ONE : m <= ALONG_MOST ? ALONG : p < PASSES ? NEXT : SIDE;
+                table[kind][n - 1](x + i * inputs, inputs, from, inputs, bias ? bias + j : 0,
+                                   y + i * y_stride + j, y_stride, from + (FURTHER + p) * inputs * size);
                 i += n;
             }
         }
@@ -339,7 +334,7 @@ static void one_head(const float *queries, const float *keys, const float *value
             long count = n - first < page_size ? n - first : page_size, t = 0;
             float *scores = room + q * n + first;
             for (; t + 4 <= count; t += 4)
-                blocks_of[0][AHEAD0][group - 1](queries + q * d, d, page + 4 * t * d, d, 0, scores + t, n, 0);
+                blocks_of[0][SIDE][group - 1](queries + q * d, d, page + 4 * t * d, d, 0, scores + t, n, 0);
             for (; t < count; t++)
                 blocks_of[0][ONE][group - 1](queries + q * d, d, page + 4 * t * d, d, 0, scores + t, n, 0);
         }
