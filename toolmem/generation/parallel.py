@@ -1,0 +1,138 @@
+"""Generation by data-parallel ranks: each takes every n-th prompt, all get the results, in order.
+
+Nothing here is a collective: a rank hands its results over by a store of keys and values that all ranks
+see (``torch.distributed``'s; the process group's own by default), a few dialogues at a time, and shows
+by a counter that it lives. So a rank that dies costs the dialogues that it had not handed over, and
+nobody waits for it longer than ``patience_s``. (The store itself must live: the process group's is
+served by rank 0.)
+"""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+import threading
+import time
+from base64 import b64decode, b64encode
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from toolmem.errors import ToolmemError
+
+if TYPE_CHECKING:
+    from toolmem.generation.engine import Engine
+    from toolmem.generation.reference import Generated
+    from toolmem.generation.requests import Request
+
+HANDED_OVER = 64  # dialogues at a time
+POLL_S = 0.02
+_calls = itertools.count()  # every rank makes the same calls in the same order
+
+
+class _Pulse:
+    """Counts up in the store while its rank lives."""
+
+    def __init__(self, store: dist.Store, key: str, every_s: float) -> None:
+        self._stop = threading.Event()
+
+        def beat() -> None:
+            count = 0
+            while not self._stop.is_set():
+                count += 1
+                store.set(key, str(count))
+                self._stop.wait(every_s)
+
+        self._thread = threading.Thread(target=beat, name="toolmem-pulse", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def generate_over_ranks(
+    engine: Engine,
+    requests: Sequence[Request],
+    *,
+    store: dist.Store | None = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+    patience_s: float = 60.0,
+    name: str | None = None,
+) -> list[Generated | None]:
+    """Bring requests to their end on all ranks together.
+
+    Args:
+        engine: this rank's own, over the same weights as the others'.
+        requests: the same on every rank, with seeds of their own: the results are those of one process.
+        store: that all ranks see; the default process group's when None.
+        rank: of this process; the process group's when None.
+        world_size: number of ranks; the process group's when None.
+        patience_s: seconds without a sign of life after which a rank is taken for dead.
+        name: of this call, the same on every rank and of no other call; counted when None.
+
+    Returns:
+        one dialogue a request, in order; None where the rank that had it died first.
+
+    Raises:
+        ToolmemError: without a store, when there is no process group.
+    """
+    if rank is None or world_size is None:
+        if not dist.is_initialized():
+            raise ToolmemError(
+                "generate_over_ranks: there is no process group; start one (torchrun, or a Lightning "
+                "strategy), or give store, rank and world_size"
+            )
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+    if store is None:
+        store = dist.distributed_c10d._get_default_store()
+    prefix = f"toolmem/generate/{next(_calls) if name is None else name}"
+    results: list[Generated | None] = [None] * len(requests)
+    pulse = _Pulse(store, f"{prefix}/{rank}/pulse", min(1.0, patience_s / 4))
+    try:
+        own = range(rank, len(requests), world_size)
+        parts, part = 0, []
+        for index, result in zip(own, engine.each([requests[i] for i in own]), strict=True):
+            results[index] = result
+            part.append((index, result))
+            if len(part) == HANDED_OVER:
+                store.set(f"{prefix}/{rank}/{parts}", _packed(part))
+                parts, part = parts + 1, []
+        store.set(f"{prefix}/{rank}/{parts}", _packed(part))
+        store.set(f"{prefix}/{rank}/parts", str(parts + 1))
+        for other in range(world_size):
+            if other != rank:
+                _collect(store, f"{prefix}/{other}", results, patience_s)
+    finally:
+        pulse.stop()
+    return results
+
+
+def _packed(part: list[tuple[int, Generated]]) -> str:
+    """As a store's value."""
+    return b64encode(pickle.dumps(part)).decode()
+
+
+def _collect(
+    store: dist.Store, prefix: str, results: list[Generated | None], patience_s: float
+) -> None:
+    """Take another rank's results until it has no more, or is dead."""
+    taken, pulse, seen = 0, b"", time.monotonic()
+    while True:
+        if store.check([f"{prefix}/{taken}"]):
+            for index, result in pickle.loads(b64decode(store.get(f"{prefix}/{taken}"))):
+                results[index] = result
+            taken += 1
+            continue
+        if store.check([f"{prefix}/parts"]) and taken == int(store.get(f"{prefix}/parts")):
+            return
+        now = time.monotonic()
+        if store.check([f"{prefix}/pulse"]):
+            beat = store.get(f"{prefix}/pulse")
+            if beat != pulse:
+                pulse, seen = beat, now
+        if now - seen > patience_s:
+            return
+        time.sleep(POLL_S)
