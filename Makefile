@@ -12,6 +12,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	&& { command -v $$p; break; }; done)
 
 COMMA := ,
+# Every script that can be run, but for those that architectures.py runs itself.
+BENCHMARKS = $(filter-out benchmarks/measure_%,$(shell grep -l '^if __name__ == "__main__":' benchmarks/*.py))
 
 .PHONY: help demo test test-quick test-slow check docs bench clean
 
@@ -20,7 +22,7 @@ help:
 	@echo "make test        set up .venv, then lint, types, contracts and the whole suite"
 	@echo "make test-quick  the same without the tests marked slow"
 	@echo "make docs        build the documentation into site/"
-	@echo "make bench       run every benchmark, about 25 minutes on an idle machine"
+	@echo "make bench       run every benchmark, about half an hour on an idle machine"
 
 # An environment per set of extras: the stamp is newer than what it was made from, or it is made again.
 define install
@@ -74,7 +76,7 @@ docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 "$(BIN)/mkdocs" build --strict
 
 bench: $(VENV)/.dev
-	for script in benchmarks/data.py benchmarks/train.py benchmarks/architectures.py; do "$(BIN)/python" "$$script"; done
+	for script in $(BENCHMARKS); do echo "$$script"; "$(BIN)/python" "$$script"; done
 
 clean:
 	rm -rf "$(VENV)" site .pytest_cache .mypy_cache .ruff_cache

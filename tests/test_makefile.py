@@ -1,7 +1,10 @@
-"""The Makefile refuses a Python that toolmem cannot run on, in a plain sentence, and leaves nothing."""
+"""The Makefile refuses a Python that toolmem cannot run on, in a plain sentence, and leaves nothing; it runs
+every benchmark.
+"""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,3 +56,16 @@ def test_no_python_at_all(tmp_path):
     assert "toolmem needs Python 3.11, 3.12 or 3.13, and none is on the PATH" in made.stderr
     assert "make demo PYTHON=" in made.stderr
     assert not (tmp_path / "venv").exists()
+
+
+def test_every_benchmark_is_run_once(tmp_path):
+    """Each script that has --quick, by itself or as a part of architectures.py."""
+    printed = make("--dry-run", "bench", f"VENV={tmp_path / 'venv'}").stdout
+    line = next(line for line in printed.splitlines() if line.startswith("for script in"))
+    named = line.removeprefix("for script in").partition(";")[0].split()
+    scripts = {path.stem: path.read_text() for path in (ROOT / "benchmarks").glob("*.py")}
+    parts = re.search(r"^PARTS = \((.*)\)$", scripts["architectures"], re.MULTILINE)
+    assert parts is not None
+    run = [Path(name).stem for name in named] + re.findall(r'"(\w+)"', parts[1])
+    assert {"data", "train", "architectures", "measure_rnn"} <= set(run)
+    assert sorted(run) == sorted(name for name, text in scripts.items() if '"--quick"' in text)
