@@ -200,13 +200,15 @@ class Engine:
             branches: state of the first tokens of each prompt, which is used up; None to read them all.
             keep: leave the state of each in ``handle.branch``, for the caller to free.
         """
-        handles = [Handle(request, self._cancel, listening=False) for request in requests]
+        changed = threading.Condition()
+        handles = [Handle(request, self._cancel, False, changed) for request in requests]
         with self._lock:
             self._enter(handles, branches, keep)
         with evaluating(self.model):
             try:
-                while not all(handle.done for handle in handles):
-                    self._turn()
+                for handle in handles:
+                    while not handle.done:
+                        self._turn()
             except BaseException:
                 for handle in handles:
                     handle.cancel()
@@ -224,10 +226,11 @@ class Engine:
         """
         source = iter(requests)
         handles: deque[Handle] = deque()
+        changed = threading.Condition()
         try:
             while True:
                 fresh = islice(source, ahead - len(handles))
-                entering = [Handle(request, self._cancel, listening=False) for request in fresh]
+                entering = [Handle(request, self._cancel, False, changed) for request in fresh]
                 with self._lock:
                     self._enter(entering)
                 handles += entering

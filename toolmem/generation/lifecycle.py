@@ -137,6 +137,7 @@ class Lifecycle:
         self.following: set[Lane] = set()  # of the same prompt as one that is being read
         self.alive: set[Lane] = set()
         self._reading: dict[object, Lane] = {}
+        self._held = 0  # steps for which lanes with much to read have waited for each other
         self._listened: set[Lane] = set()
         self._timed: set[Lane] = set()
         self._answered: SimpleQueue[Lane] = SimpleQueue()
@@ -168,7 +169,8 @@ class Lifecycle:
         self._stop_reading(lane)
         self._leave(lane)
         good = isinstance(result, Generated)
-        if good and lane.branch.length and self.tree is not None:
+        # Who listens may go on from here, as in a chat; of a batch only the prompts are kept in mind.
+        if good and lane.handle.listening and lane.branch.length and self.tree is not None:
             self._remember(lane)
         if good and lane.keep:
             lane.handle.branch = lane.branch

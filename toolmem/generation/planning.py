@@ -15,6 +15,13 @@ BYTES_A_SECOND = 1.5e10  # read bandwidth
 FLOPS_A_SECOND = 1e11
 
 
+# A pass for prompts and answers alone pays when it has so many times its overhead in tokens; until then
+# they are held back, for so many steps, while many times as many lanes can write.
+WORTH_A_PASS = 4
+HELD_STEPS = 4
+WRITERS_A_READER = 8
+
+
 class Pass(NamedTuple):
     """One forward pass.
 
@@ -34,6 +41,18 @@ def pass_overhead(model: LanguageModel) -> int:
     fixed = len(model.blocks) * SECONDS_A_LAYER + weights * bytes_each / BYTES_A_SECOND
     a_token = 2 * weights / FLOPS_A_SECOND
     return int(np.clip(fixed / a_token, 4, 256))
+
+
+def hold_back(waiting: np.ndarray, overhead: int) -> bool:
+    """Whether lanes with more than one unread token had better wait for others, to share a pass.
+
+    Args:
+        waiting: (n,) int64, unread tokens.
+        overhead: of a pass, in tokens.
+    """
+    long = waiting > 1
+    few = WRITERS_A_READER * int(long.sum()) < len(waiting)
+    return few and int(waiting[long].sum()) < WORTH_A_PASS * overhead
 
 
 def budgeted(waiting: np.ndarray, budget: int, whole: bool) -> np.ndarray:

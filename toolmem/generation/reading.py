@@ -12,7 +12,7 @@ from torch import Tensor
 from toolmem.generation.lanes import BLOCK, Lane
 from toolmem.generation.lifecycle import Lifecycle
 from toolmem.generation.paging import NoRoom
-from toolmem.generation.planning import Pass, budgeted, passes
+from toolmem.generation.planning import HELD_STEPS, Pass, budgeted, hold_back, passes
 from toolmem.generation.speculative import (
     ancestors,
     depths,
@@ -52,6 +52,11 @@ class Reading(Lifecycle):
         if self.invariant:
             yield from self._invariant_passes(index, waiting)
         elif len(index):
+            if hold_back(waiting, self.overhead) and self._held < HELD_STEPS:
+                self._held += 1
+                index, waiting = index[waiting == 1], waiting[waiting == 1]
+            else:
+                self._held = 0
             counts = budgeted(waiting, self.step_tokens, self.both_ways)
             if self.drafter is not None:
                 counts = counts + self._draft(index, waiting)
@@ -113,6 +118,7 @@ class Reading(Lifecycle):
         order = np.argsort(ends, kind="stable")  # lanes over equally many pages stand together
         index, counts, rows = index[order], counts[order], rows[order]
         objects = [lanes.objects[i] for i in index.tolist()]
+        drafting = [lane for lane in objects if lane.draft is not None]
         fed, width, padding = pager.lengths[rows], int(counts.max()), 0
         columns = np.arange(width)
         real = columns < counts[:, None]
@@ -124,7 +130,6 @@ class Reading(Lifecycle):
             run_rows = np.concatenate((np.full(padding, -1), rows))
             run_counts = np.ones(self._tile, dtype=np.int64)
             chunk = np.concatenate((np.zeros((padding, 1), dtype=np.int64), chunk))
-        drafting = [lane for lane in objects if lane.draft is not None]
         if drafting:
             self._keep_states(drafting)
         hidden = self.model.hidden(
@@ -135,22 +140,27 @@ class Reading(Lifecycle):
             tree=self._trees(objects, width) if drafting else None,
         )
         pager.lengths[rows] = fed + counts
-        drafts = np.array([len(lane.draft.tokens) if lane.draft else 0 for lane in objects])
-        self.counts.tokens_prefilled += int((counts - drafts)[counts - drafts > 1].sum())
+        drafts = np.zeros(len(objects), dtype=np.int64)
+        if drafting:
+            drafts[:] = [len(lane.draft.tokens) if lane.draft else 0 for lane in objects]
+        certain = counts - drafts
+        self.counts.tokens_prefilled += int(certain[certain > 1].sum())
         if self.drafter is not None and self.drafter.window:
-            self._keep_features(objects, hidden[padding:], fed, counts - drafts)
-        done = np.flatnonzero(fed + counts - drafts == lanes.length[index])
-        at = np.repeat(done, 1 + drafts[done]) + padding
-        column = np.concatenate(
-            [np.arange(counts[i] - 1 - drafts[i], counts[i]) for i in done]
-            or [np.zeros(0, np.int64)]
-        )
+            self._keep_features(objects, hidden[padding:], fed, certain)
+        done = np.flatnonzero(fed + certain == lanes.length[index])
+        at, column = done, certain[done] - 1
+        if drafting:  # also what the head reads at each draft
+            own = 1 + drafts[done]
+            first = np.repeat(np.cumsum(own) - own, own)
+            at, column = (
+                np.repeat(done, own),
+                np.repeat(column, own) + np.arange(len(first)) - first,
+            )
         states = hidden[
-            torch.from_numpy(at).to(self.device), torch.from_numpy(column).to(self.device)
+            torch.from_numpy(at + padding).to(self.device), torch.from_numpy(column).to(self.device)
         ]
-        return self._with_followers(
-            Read([objects[i] for i in done], (1 + drafts[done]).tolist(), states)
-        )
+        ready = [objects[i] for i in done.tolist()]
+        return self._with_followers(Read(ready, (1 + drafts[done]).tolist(), states))
 
     def _keep_states(self, lanes: list[Lane]) -> None:
         """Note what has one size before drafts are read, for when some are not accepted."""

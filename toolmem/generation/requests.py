@@ -83,19 +83,24 @@ class Handle:
         request: what was asked.
         cancel: tells the engine that nobody wants it any more.
         listening: keep events; else only the result is kept.
+        changed: shared with other handles, where one thread waits for all; one of its own when None.
     """
 
     branch: Branch | None = None  # what the engine was asked to keep of it
 
     def __init__(
-        self, request: Request, cancel: Callable[[Handle], None], listening: bool = True
+        self,
+        request: Request,
+        cancel: Callable[[Handle], None],
+        listening: bool = True,
+        changed: threading.Condition | None = None,
     ) -> None:
         self.request = request
         self.listening = listening
         self.submitted = time.perf_counter()
         self.first_token_s: float | None = None  # seconds to the first token
         self._cancel = cancel
-        self._changed = threading.Condition()
+        self._changed = changed or threading.Condition()
         self._events: deque[Event] = deque()
         self._result: Generated | None = None
         self._error: BaseException | None = None

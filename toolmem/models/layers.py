@@ -72,16 +72,19 @@ class ShortConvolution(nn.Module):
             x: (b, s, c).
             documents: (b, s) ids; a tap that would reach into another document sees zero.
         """
+        return self._convolve(x, F.pad(x, (0, 0, self.width - 1, 0)), documents)
+
+    def _convolve(self, x: Tensor, joined: Tensor, documents: Tensor | None = None) -> Tensor:
+        """The output at ``x``, the last tokens of ``joined``, (b, width - 1 + s, c)."""
         # Shifted products: measured faster than F.conv1d with groups, forward and backward (9.6 ms
         # against 14.9 ms at (128, 70, 96) on one core, 0.9 against 2.5 ms at (32, 70, 48)).
         taps = self.taps.view(self.width, self.channels)
         first, seq = self.width - 1, x.shape[1]
-        padded = F.pad(x, (0, 0, first, 0))
         ids = None if documents is None else F.pad(documents, (first, 0))
         y = x * (1 + taps[0])
         for j in range(1, self.width):
             shifted = slice(first - j, first - j + seq)
-            earlier = padded[:, shifted]
+            earlier = joined[:, shifted]
             if documents is not None and ids is not None:
                 earlier = earlier * (documents == ids[:, shifted])[:, :, None]
             y = torch.addcmul(y, earlier, taps[j])
@@ -123,7 +126,7 @@ class ShortConvolution(nn.Module):
             the output (b, s, c), and the next chunk's tail.
         """
         joined = torch.cat((tail.to(x.dtype), x), dim=1)
-        y = self.forward(joined)[:, self.width - 1 :]
+        y = self._convolve(x, joined)
         if counts is None:
             return y, joined[:, joined.shape[1] - self.width + 1 :]
         index = counts[:, None] + torch.arange(self.width - 1, device=x.device)
