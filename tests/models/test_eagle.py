@@ -28,25 +28,28 @@ def turned(y, position):
 
 
 def plain_prediction(model, pairs):
-    """The feature that follows pairs of (feature, embedded token), by the last ``window`` of them."""
+    """The feature that follows pairs of (feature, embedded token): a layer over the last of them."""
     predictor = model.multi_token
     block, attention = predictor.blocks[0], predictor.attention
     heads, width = attention.n_heads, attention.head_dim
-    x = [
-        predictor.join.weight @ torch.cat(pair) + predictor.join.bias
-        for pair in pairs[-model.window :]
-    ]
+    x = [predictor.join.weight @ torch.cat(pair) + predictor.join.bias for pair in pairs]
+    raw = [attention.qkv.weight @ norm(y, block.mixer_norm) for y in x]
     queries, keys, values = [], [], []
-    for position, y in enumerate(x):
-        q, k, v = (attention.qkv.weight @ norm(y, block.mixer_norm)).view(3, heads, width)
+    for position, z in enumerate(raw):
+        if attention.conv is not None:
+            taps = attention.conv.taps.view(attention.conv.width, -1)
+            z = z + sum(taps[j] * raw[position - j] for j in range(len(taps)) if j <= position)
+        q, k, v = z.view(3, heads, width)
         queries.append([turned(head, position) for head in q])
         keys.append([turned(head, position) for head in k])
         values.append(v)
+    reach = attention.window
+    assert reach == model.window - (attention.conv.width - 1 if attention.conv is not None else 0)
     mixed = []
     for head in range(heads):
-        scores = torch.stack([queries[-1][head] @ k[head] / math.sqrt(width) for k in keys])
-        shares = torch.exp(scores) / torch.exp(scores).sum()
-        mixed.append(sum(s * v[head] for s, v in zip(shares, values, strict=True)))
+        scores = [queries[-1][head] @ k[head] / math.sqrt(width) for k in keys[-reach:]]
+        shares = torch.softmax(torch.stack(scores), 0)
+        mixed.append(sum(s * v[head] for s, v in zip(shares, values[-reach:], strict=True)))
     y = x[-1] + attention.out.weight @ torch.cat(mixed)
     gate, value = (block.feed_forward.up.weight @ norm(y, block.feed_forward_norm)).chunk(2)
     return y + block.feed_forward.down.weight @ (gate / (1 + torch.exp(-gate)) * value)
@@ -75,9 +78,11 @@ def double(model):
     return model
 
 
+@pytest.mark.parametrize("conv_width", [0, 3])
 @pytest.mark.parametrize("base", ["transformer", "softcap", "mamba2"])
-def test_loss_in_plain_float64(base):
-    model = double(make("eagle", base, window=4, classification_weight=0.3))
+def test_loss_in_plain_float64(base, conv_width):
+    options = {"window": 4 + max(conv_width - 1, 0), "conv_width": conv_width}
+    model = double(make("eagle", base, **options, classification_weight=0.3))
     x, targets, mask = rows(seq=9)
     extras = Extras()
     states = model.hidden(x)
@@ -99,12 +104,13 @@ def test_loss_in_plain_float64(base):
     torch.testing.assert_close(extras.losses["eagle/loss"].double(), expected, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("base", ["transformer", "softcap", "mamba2"])
-@pytest.mark.parametrize(("columns", "window"), [(4, 4), (9, 4), (3, 8), (1, 4), (2, 3)])
+@pytest.mark.parametrize("conv_width", [0, 1, 3])
+@pytest.mark.parametrize("base", ["transformer", "softcap"])
+@pytest.mark.parametrize(("columns", "window"), [(5, 5), (9, 5), (3, 8), (1, 5), (2, 5)])
 @torch.no_grad()
-def test_drafts_are_predictions_fed_back(base, columns, window):
+def test_drafts_are_predictions_fed_back(base, columns, window, conv_width):
     """Every node by the formula, from the features before it: certain ones, then predicted ones."""
-    model = double(make("eagle", base, window=window, depth=3, tree=TREE))
+    model = double(make("eagle", base, window=window, conv_width=conv_width, depth=3, tree=TREE))
     x, _, _ = rows(seq=10)
     states = model.hidden(x)
     tokens = x[:, 10 - columns :]
@@ -127,9 +133,10 @@ def test_drafts_are_predictions_fed_back(base, columns, window):
             )
 
 
+@pytest.mark.parametrize("conv_width", [0, 3])
 @torch.no_grad()
-def test_columns_that_are_not_there_change_nothing():
-    model = make("eagle", window=6, tree=TREE)
+def test_columns_that_are_not_there_change_nothing(conv_width):
+    model = make("eagle", window=6, conv_width=conv_width, tree=TREE)
     x, _, _ = rows(batch=3)
     features, tokens = model.hidden(x)[:, -7:-1], x[:, -6:]
     counts = torch.tensor([1, 6, 3])

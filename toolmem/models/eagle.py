@@ -9,8 +9,9 @@ The next step takes f'_{t+1} and x_{t+2} in their place, and so on. Knowing the 
 what makes features predictable (section 3). The loss is SmoothL1(f', f) + w CE(Head(f), Head(f')),
 with noise on the features in training (section 4.2, 4.3).
 
-Unlike in the paper the block, Llama's with both its norms, attends to the last ``window`` pairs of
-feature and token alone. So a draft needs nothing but those, and keeps no state.
+Unlike in the paper the block, Llama's with both its norms, looks back on the last ``window`` pairs of
+feature and token alone. So a draft needs nothing but those, and keeps no state. A short convolution
+(``conv_width``) lets a narrow layer compare the last tokens with earlier ones, which is what copying is.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class FeaturePredictor(TokensAhead):
         base: whose features they are.
         n_heads: query heads of its layer.
         hidden_dim: width inside its feed-forward.
-        window: pairs of feature and token that it looks back on.
+        window: pairs of feature and token that it looks back on, by attention and convolution together.
+        conv_width: taps of a short convolution on queries, keys and values; 0 for none.
         classification_weight: of the tokens' cross-entropy beside the features' distance.
         noise: in training features are off by up to this, uniformly.
     """
@@ -55,13 +57,15 @@ class FeaturePredictor(TokensAhead):
         n_heads: int,
         hidden_dim: int,
         window: int,
+        conv_width: int,
         classification_weight: float,
         noise: float,
     ) -> None:
         super().__init__("eagle", "sequential", [1.0])
         self.classification_weight = classification_weight
         self.noise = noise
-        attention = Attention(base.dim, n_heads, window=window)
+        reach = window - max(conv_width - 1, 0)
+        attention = Attention(base.dim, n_heads, conv_width=conv_width, window=reach)
         if attention.head_dim % 2:
             raise ToolmemError(
                 f"n_heads {n_heads} makes heads of {attention.head_dim} numbers, and rotary positions "
@@ -119,12 +123,21 @@ class FeaturePredictor(TokensAhead):
 
 
 class Seen:
-    """Keys and values of the pairs that a draft has met; a layer's state that says who sees whom."""
+    """Keys and values of the pairs that a draft has met; a layer's state that says who sees whom.
 
-    def __init__(self) -> None:
+    New pairs come as lanes of one token each, those of a level side by side.
+
+    Args:
+        batch_size: number of trees.
+    """
+
+    mask: Tensor  # (batch, new, all so far) bool, of the next call
+    tail: Tensor  # (batch * new, taps - 1, channels): what a short convolution reads before each
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
-        self.mask: Tensor | None = None  # (batch, new, all so far) bool, of the next call
 
     def add(self, keys: Tensor, values: Tensor) -> None:
         """Keep new pairs: (batch, n, heads, head_dim) each."""
@@ -135,10 +148,20 @@ class Seen:
         self, mixer: Attention, queries: Tensor, keys: Tensor, values: Tensor, context: Context
     ) -> Tensor:
         """As ``AttentionCache.attend``, by the mask."""
-        assert self.mask is not None
-        self.add(keys, values)
-        all_keys, all_values = torch.cat(self.keys, dim=2), torch.cat(self.values, dim=2)
-        return mixer.attend(queries.transpose(1, 2), all_keys, all_values, self.mask[:, None])
+        level = (self.batch_size, -1)
+        self.add(keys.reshape(*level, *keys.shape[2:]), values.reshape(*level, *values.shape[2:]))
+        y = mixer.attend(
+            queries.reshape(*level, *queries.shape[2:]).transpose(1, 2),
+            torch.cat(self.keys, dim=2),
+            torch.cat(self.values, dim=2),
+            self.mask[:, None],
+        )
+        return y.transpose(1, 2).reshape(len(queries), 1, *y.shape[1::2]).transpose(1, 2)
+
+    def keep_tails(self, places: list[int]) -> None:
+        """Of the level just met go on from these places, in this order."""
+        of_level = self.tail.unflatten(0, (self.batch_size, len(self.tail) // self.batch_size))
+        self.tail = of_level[:, places].flatten(0, 1)
 
 
 class Eagle(Drafting):
@@ -151,6 +174,7 @@ class Eagle(Drafting):
         n_heads: query heads of the predictor's layer.
         hidden_dim: width inside its feed-forward; 4 * dim when None.
         window: pairs of feature and token that it looks back on.
+        conv_width: taps of a short convolution on queries, keys and values; 0 for none, as in the paper.
         depth: tokens that are drafted one after the other, at most.
         classification_weight: of the tokens' cross-entropy beside the features' distance.
         noise: in training features are off by up to this, uniformly.
@@ -171,6 +195,7 @@ class Eagle(Drafting):
         n_heads: int = 2,
         hidden_dim: int | None = None,
         window: int = 32,
+        conv_width: int = 0,
         depth: int = 4,
         classification_weight: float = 0.1,
         noise: float = 0.1,
@@ -190,7 +215,9 @@ class Eagle(Drafting):
 
         def make(built: LanguageModel) -> FeaturePredictor:
             width = hidden_dim or 4 * built.dim
-            return FeaturePredictor(built, n_heads, width, window, classification_weight, noise)
+            return FeaturePredictor(
+                built, n_heads, width, window, conv_width, classification_weight, noise
+            )
 
         super().__init__(vocab_size, base, make, depth, tree, freeze_base)
         self.window = window
@@ -210,43 +237,51 @@ class Eagle(Drafting):
         """
         shape = self.tree_shape(topology)
         predictor, device = self.multi_token, tokens.device
+        block, attention = predictor.blocks[0], predictor.attention
         features, tokens = features[:, -self.window :], tokens[:, -self.window :]
         batch, columns = tokens.shape
-        seen, context = Seen(), Context(torch.arange(columns, device=device))
+        seen, context = Seen(batch), Context(torch.arange(columns, device=device))
         there = torch.ones(batch, columns, dtype=torch.bool, device=device)
         if counts is not None:
             there = context.positions >= columns - counts[:, None]
         x = predictor.joined(self, features, tokens)
-        if columns > 1:
-            before = x[:, :-1]
-            context.rotary = predictor.rotary(context.positions[:-1])
-            normed = predictor.blocks[0].mixer_norm(before)  # type: ignore[operator]
-            seen.add(*predictor.attention.project(normed, context)[1:])
-        seen.mask = there[:, None]
+        # what is not there is zero to the convolution, as what comes before a document
+        normed = block.mixer_norm(x) * there[:, :, None]  # type: ignore[operator]
+        context.rotary = predictor.rotary(context.positions)
+        keys, values = attention.project(normed, context)[1:]
+        seen.add(keys[:, :-1], values[:, :-1])
+        if attention.conv is not None:
+            first = attention.conv.width - 1
+            earlier = F.pad(attention.qkv(normed[:, :-1]), (0, 0, first, 0))
+            seen.tail = earlier[:, earlier.shape[1] - first :]
+        seen.mask = self._near(there, 0)[:, None]
         x, inner = x[:, -1:], torch.empty(0, dtype=torch.int64)
         drafted = torch.empty(batch, len(shape), dtype=torch.int64, device=device)
         log_probs = torch.empty(batch, len(shape), dtype=torch.float32, device=device)
         for depth, level in enumerate(shape.levels):
-            context.rotary = predictor.rotary(torch.full((x.shape[1],), columns - 1 + depth))
-            predicted = predictor.blocks[0](x, context, BlockState(seen))  # type: ignore[arg-type]
+            context.rotary = predictor.rotary(torch.tensor([columns - 1 + depth]))
+            lanes = x.reshape(-1, 1, self.dim)
+            predicted = block(lanes, context, BlockState(seen)).view_as(x)  # type: ignore[arg-type]
             said = wide(self.logits(predicted)).log_softmax(dim=-1)
             best = said.topk(1 + max(level.ranks), dim=-1)
             drafted[:, level.nodes] = best.indices[:, level.parents, level.ranks]
             log_probs[:, level.nodes] = best.values[:, level.parents, level.ranks].float()
-            # those that have children go on
-            nodes = torch.tensor([level.nodes[place] for place in level.inner], dtype=torch.int64)
-            if not len(nodes):
+            if not level.inner:
                 break
+            # those that have children go on
+            nodes = torch.tensor([level.nodes[place] for place in level.inner])
             parents = [level.parents[place] for place in level.inner]
+            if attention.conv is not None:
+                seen.keep_tails(parents)
             x = predictor.joined(self, predicted[:, parents], drafted[:, nodes])
             inner = torch.cat((inner, nodes))
-            near = there & (context.positions > columns + depth - self.window)
+            near = self._near(there, depth + 1)[:, None].expand(-1, len(nodes), -1)
             lineage = shape.ancestors[nodes][:, inner].to(device)
-            seen.mask = torch.cat(
-                (
-                    near[:, None].expand(-1, len(nodes), -1),
-                    lineage.expand(batch, -1, -1),
-                ),
-                dim=2,
-            )
+            seen.mask = torch.cat((near, lineage.expand(batch, -1, -1)), dim=2)
         return Tree(drafted, shape.parents, log_probs)
+
+    def _near(self, there: Tensor, depth: int) -> Tensor:
+        """Which of the window's columns a node of this depth attends to, (batch, columns) bool."""
+        columns = there.shape[1]
+        first = columns + depth - self.multi_token.attention.window
+        return there & (torch.arange(columns, device=there.device) >= first)
