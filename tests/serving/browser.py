@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 import tempfile
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+SILENCE_S = 120.0
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -83,6 +85,8 @@ class Browser:
 
     def _receive(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:
+            ready, _, _ = select.select([self._in], [], [], SILENCE_S)
+            assert ready, f"the browser said nothing for {SILENCE_S} seconds"
             part = os.read(self._in, 1 << 16)
             assert part, "the browser has ended"
             self._buffer += part
@@ -97,7 +101,7 @@ class Browser:
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
-    def wait(self, script: str, seconds: float = 20.0) -> Any:
+    def wait(self, script: str, seconds: float = 60.0) -> Any:
         """Wait until a JavaScript expression is true."""
         deadline = time.monotonic() + seconds
         while not (value := self.run(script)):

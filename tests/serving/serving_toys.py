@@ -99,7 +99,7 @@ def serving(engine, *, toolbox=None, name="toy", limits=None, **options):
         assert not thread.is_alive(), "the server did not stop"
 
 
-def wait_until(condition, seconds: float = 20.0) -> None:
+def wait_until(condition, seconds: float = 60.0) -> None:
     """Fail when a condition does not come true in time."""
     deadline = time.monotonic() + seconds
     while not condition():
