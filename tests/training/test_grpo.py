@@ -33,7 +33,13 @@ from toolmem.models import (
 )
 from toolmem.tools.base import Answer
 from toolmem.training import GRPO, AdamW, Checkpointing, Constant, CSVLogger, LanguageModelModule
-from toolmem.training.rollouts import gather, group_advantages, kl_estimates, policy_losses
+from toolmem.training.rollouts import (
+    gather,
+    group_advantages,
+    kl_estimates,
+    policy_losses,
+    turn_advantages,
+)
 
 TOKENIZER = ByteTokenizer()
 IDS = TOKENIZER.role_ids
@@ -87,7 +93,7 @@ def test_loss_is_borne_by_what_the_model_sampled_and_by_nothing_else():
         finish_reason="length",
         prompt_length=3,
     )
-    batch = gather([first, second], torch.tensor([1.0, -1.0]), with_spans=True)
+    batch = gather([first, second], torch.tensor([[1.0, 3.0], [-1.0, 5.0]]), with_spans=True)
     assert batch.tokens.shape == (2, 15)
     assert batch.loss_mask[0].nonzero().flatten().tolist() == [7, 8, 9, 13, 14]
     assert batch.loss_mask[1].nonzero().flatten().tolist() == [2, 3]
@@ -95,6 +101,9 @@ def test_loss_is_borne_by_what_the_model_sampled_and_by_nothing_else():
     expected = [-0.1, -0.2, -0.3, -0.4, -0.5, -1.0, -2.0]
     assert batch.log_probs[batch.loss_mask].tolist() == pytest.approx(expected)
     assert not batch.log_probs[~batch.loss_mask].any()
+    # the second advantage is of what follows the tool's answer
+    assert batch.advantages[batch.loss_mask].tolist() == [1, 1, 1, 3, 3, -1, -1]
+    assert not batch.advantages[~batch.loss_mask].any()
     assert batch.counts.tolist() == [5, 2] and batch.lengths.tolist() == [15, 4]
     assert batch.n_tokens == 19
     assert batch.spans[0].tolist() == [0] * 3 + [-1] * 2 + [2] * 3 + [-1] * 3 + [4] * 3 + [-1]
@@ -145,7 +154,7 @@ def test_generations_log_probabilities_are_those_of_training(name):
         batch_size=5,
     )  # fmt: skip
     assert sum(len(dialogue.tool_calls) for dialogue in dialogues) > 4
-    batch = gather(dialogues, torch.ones(12), with_spans=model.attention_mask == "prefix")
+    batch = gather(dialogues, torch.ones(12, 1), with_spans=model.attention_mask == "prefix")
     module = make(model.train())
     logits, targets = module.logits_and_targets(batch, model.hidden)
     found = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
@@ -175,6 +184,28 @@ def test_equal_rewards_give_exactly_no_advantage():
     for n in range(2, 20):
         for reward in (0.0, 1.0):
             assert not group_advantages(torch.full((3, n), reward, dtype=torch.float64)).any()
+
+
+def test_turns_are_compared_where_their_dialogues_stood_alike():
+    rewards = torch.tensor([[1, 0, 0, 1, 0, 0], [1, 1, 1, 0, 0, 0]], dtype=torch.float64)
+    said = [
+        [["a"], ["a"], ["error"], ["a"], ["error"], []],
+        [["a", "b"], ["a", "b"], ["a", "c"], ["a", "c"], ["a"], ["d"]],
+    ]
+    found = turn_advantages(rewards, said)
+    assert found.shape == (2, 6, 3)
+    assert torch.equal(found[:, :, 0], group_advantages(rewards))
+
+    def alike(earned):
+        mean = sum(earned) / len(earned)
+        deviation = math.sqrt(sum((r - mean) ** 2 for r in earned) / len(earned)) + 1e-6
+        return [(r - mean) / deviation for r in earned]
+
+    a, b, c = alike([1, 0, 1])
+    assert found[0, :, 1].tolist() == pytest.approx([a, b, 0, c, 0, 0])
+    assert found[1, :5, 1].tolist() == pytest.approx(alike([1, 1, 1, 0, 0]))
+    # after the same first answer: b twice right; c once right, once wrong
+    assert found[1, :, 2].tolist() == pytest.approx([0, 0, *alike([1, 0]), 0, 0])
 
 
 def plain_token_loss(log_prob, sampled, advantage, low, high):
@@ -266,7 +297,7 @@ def test_loss_and_gradient_equal_a_plain_implementation(kl, average):
     for parameter in reference.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     module = make(model, kl=kl, average=average, clip=0.2, clip_high=0.4)
-    batch = gather(invented(), torch.tensor(ADVANTAGES, dtype=torch.float64))
+    batch = gather(invented(), torch.tensor(ADVANTAGES, dtype=torch.float64)[:, None])
     if kl:
         module.reference = reference.requires_grad_(False)
         batch.reference = module._reference_log_probs(batch)
@@ -291,9 +322,9 @@ def test_dialogues_that_earned_what_their_group_did_are_not_run(monkeypatch):
     monkeypatch.setattr(
         module.model, "hidden", lambda t, **k: rows.append(len(t)) or hidden(t, **k)
     )
-    batch = gather(invented(), torch.tensor(ADVANTAGES))
+    batch = gather(invented(), torch.tensor(ADVANTAGES)[:, None])
     module.loss_sum(batch)
-    nothing, count = module.loss_sum(gather(invented(), torch.zeros(6)))
+    nothing, count = module.loss_sum(gather(invented(), torch.zeros(6, 1)))
     assert rows == [4, 1]
     assert nothing.item() == 0 and count == sum(len(written(d)) for d in invented())
     nothing.backward()
@@ -377,7 +408,7 @@ def rows(folder):
     return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in table]
 
 
-MANY = {"epochs": 2, "minibatches": 3, "kl": 0.1, "invariant": True}
+MANY = {"epochs": 2, "minibatches": 3, "kl": 0.1, "invariant": True, "credit": "turn"}
 
 
 @pytest.mark.parametrize("options", [{}, MANY], ids=["plain", "many updates"])

@@ -42,6 +42,7 @@ from toolmem.training.rollouts import (
     group_advantages,
     kl_estimates,
     policy_losses,
+    turn_advantages,
 )
 from toolmem.training.tools import open_run_tools
 
@@ -74,6 +75,8 @@ class GRPO(LanguageModelModule):
         kl: weight of the divergence from the model that training began with; 0 keeps no copy of it.
         scale: divide advantages by the standard deviation of their group; false is
             arXiv 2503.20783's.
+        credit: one advantage for all that the model writes in a dialogue, or one for each turn, among
+            the samples whose tools had said the same until then (after arXiv 2505.10978).
         average: over all tokens of a step, each alike (arXiv 2503.14476), or over dialogues and each
             one's tokens (arXiv 2402.03300).
         max_new_tokens: that the model may write in a dialogue; what the longest expected one of a
@@ -95,6 +98,7 @@ class GRPO(LanguageModelModule):
         clip_high: float | None = None,
         kl: float = 0.0,
         scale: bool = True,
+        credit: Literal["dialogue", "turn"] = "dialogue",
         average: Literal["tokens", "dialogues"] = "tokens",
         max_new_tokens: int | None = None,
         max_tool_calls: int = 4,
@@ -132,6 +136,7 @@ class GRPO(LanguageModelModule):
         self.clip_high = clip if clip_high is None else clip_high
         self.kl = kl
         self.scale = scale
+        self.credit = credit
         self.average = average
         self.max_new_tokens = max_new_tokens
         self.max_tool_calls = max_tool_calls
@@ -183,7 +188,7 @@ class GRPO(LanguageModelModule):
         rewards = self._rewards(questions, generated)
         rollouts = gather(
             generated,
-            group_advantages(rewards, self.scale).flatten(),
+            self._advantages(rewards, generated),
             with_spans=self.model.attention_mask == "prefix",
             device=self.device,
             state=batch.state,
@@ -259,6 +264,14 @@ class GRPO(LanguageModelModule):
             for place, dialogue in enumerate(generated)
         ]
         return torch.tensor(earned, dtype=torch.float64).view(len(questions), self.samples)
+
+    def _advantages(self, rewards: Tensor, generated: Sequence[Generated]) -> Tensor:
+        """(dialogues, turns)."""
+        if self.credit == "dialogue":
+            return group_advantages(rewards, self.scale).flatten()[:, None]
+        said = [[answer.text for _, answer in dialogue.tool_calls] for dialogue in generated]
+        groups = [said[i : i + self.samples] for i in range(0, len(said), self.samples)]
+        return turn_advantages(rewards, groups, self.scale).flatten(0, 1)
 
     def _note(self, rewards: Tensor, generated: Sequence[Generated]) -> None:
         """Add a round's figures to what is logged next."""
@@ -345,7 +358,7 @@ class GRPO(LanguageModelModule):
         assert isinstance(batch, Rollouts)
         total = int(batch.counts.sum()) if self.average == "tokens" else len(batch)
         if self.kl == 0:
-            moving = batch.advantages.nonzero().squeeze(1)
+            moving = batch.advantages.any(dim=1).nonzero().squeeze(1)
             if len(moving) < len(batch):
                 # One at least: every rank has to take part in the backward pass.
                 batch = batch.take(moving if len(moving) else torch.zeros_like(batch.counts[:1]))
@@ -357,7 +370,7 @@ class GRPO(LanguageModelModule):
         losses, clipped = policy_losses(
             log_probs,
             sampled,
-            batch.advantages[rows].to(log_probs.dtype),
+            batch.advantages.flatten()[positions].to(log_probs.dtype),
             self.clip,
             self.clip_high,
         )

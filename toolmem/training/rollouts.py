@@ -28,7 +28,7 @@ class Rollouts(Batch):
     Args:
         log_probs: (batch, seq) float32, each sampled target's log-probability when it was sampled
             (nats), 0 elsewhere.
-        advantages: (batch,) float32, of each dialogue.
+        advantages: (batch, seq) float32, of each sampled target, 0 elsewhere.
         reference: (batch, seq) float32, ``log_probs`` under the reference model; None without one.
         counts: (batch,) int64, sampled tokens of each dialogue.
     """
@@ -58,7 +58,7 @@ class Rollouts(Batch):
             loss_mask=cut(self.loss_mask),
             spans=None if self.spans is None else cut(self.spans),
             log_probs=cut(self.log_probs),
-            advantages=self.advantages[rows],
+            advantages=cut(self.advantages),
             reference=None if self.reference is None else cut(self.reference),
             counts=self.counts[rows],
             n_tokens=int(lengths.sum()),
@@ -79,7 +79,8 @@ def gather(
 
     Args:
         dialogues: at least one.
-        advantages: (dialogues,).
+        advantages: (dialogues, turns): of what the assistant writes before its first tool call, between
+            the first and the second, ...; of the last turn also for all later ones.
         with_spans: number the spans that the assistant did not write, for models that look both ways
             within them.
         device: where to put it.
@@ -89,18 +90,24 @@ def gather(
     shape = (len(dialogues), width)
     tokens, spans = torch.zeros(shape, dtype=torch.int64), torch.full(shape, -1)
     sampled = torch.zeros(shape, dtype=torch.bool)
+    turns = torch.zeros(shape, dtype=torch.int64)
     log_probs = torch.zeros(shape)
     for row, dialogue in enumerate(dialogues):
         length, start = len(dialogue.tokens), dialogue.prompt_length
         tokens[row, :length] = torch.tensor(dialogue.tokens)
         sampled[row, start:length] = torch.tensor(dialogue.roles[start:]) == ASSISTANT
         log_probs[row, :length] = torch.tensor(dialogue.log_probs)
+        # A turn begins where the assistant goes on after somebody else.
+        own = sampled[row]
+        turns[row, 1:] = (own[1:] & ~own[:-1]).cumsum(0) - 1
         if with_spans:
             spans[row, :length] = torch.tensor(foreign_spans(dialogue.roles))
     log_probs = log_probs.where(sampled, torch.zeros(()))
     assert not log_probs.isnan().any(), "a sampled token without its log-probability"
     # The last token is only a target; a shorter dialogue's last one stays as an input without loss.
     lengths = torch.tensor([len(dialogue.tokens) - 1 for dialogue in dialogues])
+    turns = turns.clamp(0, advantages.shape[1] - 1)
+    of_tokens = advantages.gather(1, turns).float().where(sampled, torch.zeros(()))
     return Rollouts(
         tokens=tokens[:, :-1].to(device),
         targets=tokens[:, 1:].to(device),
@@ -110,7 +117,7 @@ def gather(
         lengths=lengths,
         state=state or {},
         log_probs=log_probs[:, 1:].to(device),
-        advantages=advantages.to(device, torch.float32),
+        advantages=of_tokens[:, 1:].to(device),
         counts=sampled[:, 1:].sum(1).to(device),
     )
 
@@ -129,6 +136,37 @@ def group_advantages(rewards: Tensor, scale: bool = True) -> Tensor:
     if not scale:
         return centred
     return centred / (rewards.std(dim=1, correction=0, keepdim=True) + EPSILON)
+
+
+def turn_advantages(
+    rewards: Tensor, answers: Sequence[Sequence[Sequence[str]]], scale: bool = True
+) -> Tensor:
+    """Advantages of each turn among the samples that stood at the same place when it began.
+
+    What is written after a tool's answer is compared with what other samples of the question made of
+    the same answers (step-level groups at anchor states, arXiv 2505.10978): a conclusion from a wrong
+    answer is neither praised nor blamed, since none could be right; the query before it is.
+
+    Args:
+        rewards: (prompts, samples).
+        answers: of each prompt's samples, what the tools said, in order.
+        scale: as of ``group_advantages``.
+
+    Returns:
+        (prompts, samples, turns): 0 where all samples at a place earned the same, or there is but one.
+    """
+    n_turns = 1 + max((len(said) for group in answers for said in group), default=0)
+    found = torch.zeros(*rewards.shape, n_turns, dtype=rewards.dtype)
+    for prompt, group in enumerate(answers):
+        for turn in range(n_turns):
+            places: dict[tuple[str, ...], list[int]] = {}
+            for sample, said in enumerate(group):
+                if len(said) >= turn:
+                    places.setdefault(tuple(said[:turn]), []).append(sample)
+            for samples in places.values():
+                earned = rewards[prompt, samples][None]
+                found[prompt, samples, turn] = group_advantages(earned, scale)[0]
+    return found
 
 
 def policy_losses(
