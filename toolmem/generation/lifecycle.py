@@ -21,6 +21,7 @@ from toolmem.generation.speculative import (
     Acceptance,
     Drafter,
 )
+from toolmem.models.fused import FusedDecoder
 
 if TYPE_CHECKING:
     from toolmem.data.tokenizers import Tokenizer
@@ -123,6 +124,7 @@ class Lifecycle:
             exact = self.both_ways or bool(pager.bytes_each["slot"])
             self.tree = PrefixTree(pager, exact=exact)
         # A tree of drafts needs nothing but keys and values, which stay where they are.
+        self.fused = None if invariant else FusedDecoder.of(model, pager.state)
         self._chains_only = self.both_ways or bool(pager.bytes_each["slot"])
         self.overhead = pass_overhead(model)
         self.lanes = Lanes(tokenizer, model.max_seq_len)

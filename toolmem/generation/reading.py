@@ -18,6 +18,7 @@ from toolmem.generation.speculative import (
     depths,
     trunk,
 )
+from toolmem.models import kernels
 
 if TYPE_CHECKING:
     pass
@@ -25,6 +26,16 @@ if TYPE_CHECKING:
 # In invariant mode every pass has one of two shapes, so that no sum's order hangs on the batch.
 TILE = 16  # lanes of a decoding pass
 CHUNK = 32  # tokens of a reading pass, of one lane
+# Tokens of a pass, and of a lane in it, up to which the C code is faster than padded matmuls, for models
+# so small that what a pass costs is mostly its calls.
+FUSED_ROWS, FUSED_TOKENS = 1024, 128
+MANY_CALLS = 32  # a pass's overhead in tokens, from which on a model is so small
+
+
+def _ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """starts[0], starts[0] + 1, ... (sizes[0] of them), starts[1], ..."""
+    before = np.cumsum(sizes) - sizes
+    return np.repeat(starts - before, sizes) + np.arange(int(sizes.sum()))
 
 
 class Read(NamedTuple):
@@ -52,7 +63,8 @@ class Reading(Lifecycle):
         if self.invariant:
             yield from self._invariant_passes(index, waiting)
         elif len(index):
-            if hold_back(waiting, self.overhead) and self._held < HELD_STEPS:
+            hold = not self._ragged and hold_back(waiting, self.overhead)
+            if hold and self._held < HELD_STEPS:
                 self._held += 1
                 index, waiting = index[waiting == 1], waiting[waiting == 1]
             else:
@@ -60,7 +72,16 @@ class Reading(Lifecycle):
             counts = budgeted(waiting, self.step_tokens, self.both_ways)
             if self.drafter is not None:
                 counts = counts + self._draft(index, waiting)
-            yield from passes(index[counts > 0], counts[counts > 0], self.overhead)
+            index, counts = index[counts > 0], counts[counts > 0]
+            if self._ragged and int(counts.sum()) <= FUSED_ROWS and counts.max() <= FUSED_TOKENS:
+                yield Pass(index, counts)
+            else:
+                yield from passes(index, counts, self.overhead)
+
+    @property
+    def _ragged(self) -> bool:
+        """Whether passes cost so little beside their calls that all lanes had better share one."""
+        return self.fused is not None and self.overhead >= MANY_CALLS
 
     def _draft(self, index: np.ndarray, waiting: np.ndarray) -> np.ndarray:
         """Draft for the lanes that are about to write; (n,) int64, how many tokens of each."""
@@ -132,6 +153,18 @@ class Reading(Lifecycle):
             chunk = np.concatenate((np.zeros((padding, 1), dtype=np.int64), chunk))
         if drafting:
             self._keep_states(drafting)
+        drafts = np.zeros(len(objects), dtype=np.int64)
+        if drafting:
+            drafts[:] = [len(lane.draft.tokens) if lane.draft else 0 for lane in objects]
+        certain = counts - drafts
+        done = np.flatnonzero(fed + certain == lanes.length[index])
+        ready, own = [objects[i] for i in done.tolist()], 1 + drafts[done]
+        if self.fused is not None and self._by_fused(counts, drafting):
+            hidden = self._decode(rows, chunk, counts, fed)
+            last = np.cumsum(counts)[done] - 1
+            states = hidden[torch.from_numpy(_ranges(last - drafts[done], own))]
+            self._has_read(rows, fed, counts, certain)
+            return self._with_followers(Read(ready, own.tolist(), states))
         hidden = self.model.hidden(
             torch.from_numpy(chunk).to(self.device),
             cache=pager.cache(run_rows, run_counts),
@@ -139,28 +172,40 @@ class Reading(Lifecycle):
             spans=self._spans(index, fed, counts, width) if self.both_ways else None,
             tree=self._trees(objects, width) if drafting else None,
         )
-        pager.lengths[rows] = fed + counts
-        drafts = np.zeros(len(objects), dtype=np.int64)
-        if drafting:
-            drafts[:] = [len(lane.draft.tokens) if lane.draft else 0 for lane in objects]
-        certain = counts - drafts
-        self.counts.tokens_prefilled += int(certain[certain > 1].sum())
+        self._has_read(rows, fed, counts, certain)
         if self.drafter is not None and self.drafter.window:
             self._keep_features(objects, hidden[padding:], fed, certain)
-        done = np.flatnonzero(fed + certain == lanes.length[index])
-        at, column = done, certain[done] - 1
-        if drafting:  # also what the head reads at each draft
-            own = 1 + drafts[done]
-            first = np.repeat(np.cumsum(own) - own, own)
-            at, column = (
-                np.repeat(done, own),
-                np.repeat(column, own) + np.arange(len(first)) - first,
-            )
-        states = hidden[
-            torch.from_numpy(at + padding).to(self.device), torch.from_numpy(column).to(self.device)
-        ]
-        ready = [objects[i] for i in done.tolist()]
-        return self._with_followers(Read(ready, (1 + drafts[done]).tolist(), states))
+        at = torch.from_numpy(np.repeat(done, own) + padding).to(self.device)
+        column = torch.from_numpy(_ranges(certain[done] - 1, own)).to(self.device)
+        return self._with_followers(Read(ready, own.tolist(), hidden[at, column]))
+
+    def _has_read(
+        self, rows: np.ndarray, fed: np.ndarray, counts: np.ndarray, certain: np.ndarray
+    ) -> None:
+        self.pager.lengths[rows] = fed + counts
+        self.counts.tokens_prefilled += int(certain[certain > 1].sum())
+
+    def _by_fused(self, counts: np.ndarray, drafting: list[Lane]) -> bool:
+        """Whether the C code runs a pass, token by token, with no padding."""
+        if self.both_ways or (self.drafter is not None and self.drafter.window):
+            return False
+        chains = all(lane.draft is None or lane.draft.is_chain for lane in drafting)
+        most = FUSED_ROWS if self._ragged else kernels.MANY_ROWS
+        return chains and int(counts.sum()) <= most and int(counts.max()) <= FUSED_TOKENS
+
+    def _decode(
+        self, rows: np.ndarray, chunk: np.ndarray, counts: np.ndarray, fed: np.ndarray
+    ) -> Tensor:
+        """Each token as a row of its own: what the head reads there, (tokens, dim)."""
+        assert self.fused is not None
+        pager = self.pager
+        own = np.repeat(np.arange(len(rows)), counts)
+        column = _ranges(np.zeros_like(counts), counts)
+        most = int(-(-(fed + counts).max() // pager.page_size))
+        slots = pager.slots[rows[own]] if self.fused.conv else None
+        return self.fused.step(
+            chunk[own, column], pager.pages[rows[own], :most], fed[own] + column, slots
+        )
 
     def _keep_states(self, lanes: list[Lane]) -> None:
         """Note what has one size before drafts are read, for when some are not accepted."""

@@ -6,6 +6,14 @@ Built by the system's compiler on first use; without one, torch's own operations
 
 from toolmem.models.kernels.accelerate import accelerate
 from toolmem.models.kernels.build import available
-from toolmem.models.kernels.functions import fast_linear, linear, paged_attention, usable
+from toolmem.models.kernels.functions import MANY_ROWS, fast_linear, linear, paged_attention, usable
 
-__all__ = ["accelerate", "available", "fast_linear", "linear", "paged_attention", "usable"]
+__all__ = [
+    "MANY_ROWS",
+    "accelerate",
+    "available",
+    "fast_linear",
+    "linear",
+    "paged_attention",
+    "usable",
+]

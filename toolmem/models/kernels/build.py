@@ -59,7 +59,7 @@ def _built() -> Path:
         raise UnavailableError(f"not built on {sys.platform}")
     compiler = shlex.split(os.environ.get("CC") or "cc")
     version = _run([*compiler, "--version"])
-    source = SOURCE.read_bytes()
+    source = b"".join(path.read_bytes() for path in sorted(SOURCE.parent.glob("*.c")))
     said = "no output"
     for variant in VARIANTS:
         flags = (*FLAGS, *variant)
@@ -123,6 +123,10 @@ def _declare(built: ctypes.CDLL) -> ctypes.CDLL:
     )
     built.paged_attention.argtypes = arguments
     built.paged_attention.restype = whole
+    # shape, layers, x, rows, cosines, sines, tables, their columns, lengths, slots, room
+    whole_model: list[Any] = [pointer] * 3 + [long] + [pointer] * 3 + [long] + [pointer] * 3
+    built.decode_blocks.argtypes = whole_model
+    built.decode_blocks.restype = whole
     built.read_all.argtypes = [pointer, long]
     built.read_all.restype = real
     return built

@@ -412,3 +412,5 @@ float read_all(const float *p, long n) {
     for (int r = 1; r < 8; r++) sums[0] += sums[r];
     return sum_lanes(sums[0]);
 }
+
+#include "decode.c"
