@@ -34,6 +34,10 @@ JAMBA = {
 ARCHITECTURES = {
     "transformer": (Transformer, HEADS),
     "canon": (Transformer, HEADS | {"conv_width": 4, "residual_conv": 4}),
+    "mla": (
+        Transformer,
+        HEADS | {"attention": "mla", "mla_kv_rank": 6, "mla_rope_dim": 4, "conv_width": 3},
+    ),
     "moe": (MoETransformer, HEADS | {"n_experts": 4, "top_k": 2, "hidden_dim": 16}),
     "mamba": (Mamba, {"state_dim": 4}),
     "mamba2": (Mamba2, MAMBA2 | {"hidden_dim": 24}),
