@@ -36,7 +36,7 @@ class Served:
     def stop(self, number: int) -> tuple[int, str, str]:
         """(exit code, stdout, stderr) after a signal."""
         self.process.send_signal(number)
-        out, err = self.process.communicate(timeout=30)
+        out, err = self.process.communicate(timeout=120)
         return self.process.returncode, self.line + out, err
 
     def __enter__(self) -> Served:
@@ -77,7 +77,7 @@ def test_an_answer_under_way_is_finished_first(runs):
             next(lines)
             server.process.send_signal(signal.SIGTERM)
             text = "\n".join(lines)
-        out, err = server.process.communicate(timeout=30)
+        out, err = server.process.communicate(timeout=120)
     assert '"finish_reason": "' in text and text.rstrip().endswith("data: [DONE]")
     assert (server.process.returncode, out, err) == (0, "stopped\n", "")
 

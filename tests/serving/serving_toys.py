@@ -94,7 +94,7 @@ def serving(engine, *, toolbox=None, name="toy", limits=None, **options):
         yield f"http://127.0.0.1:{sock.getsockname()[1]}", service
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(60)
         sock.close()
         assert not thread.is_alive(), "the server did not stop"
 
