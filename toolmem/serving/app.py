@@ -323,6 +323,9 @@ class CompletionResponse(Response):
             self._note()
         except ApiError as error:
             response = error_response(error)
+        except Exception:
+            log.exception("a completion failed")
+            response = error_response(_server_error())
         await response(scope, receive, send)
 
     async def _stream(self, send: Send) -> None:
