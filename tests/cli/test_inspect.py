@@ -54,7 +54,9 @@ def plain_model(recipe, **changes):
     content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     data, chosen = content["data"]["init_args"], content["model"]["model"]
     size = data.get("train_tokenizer") or data.get("vocab_size")
-    if size is None:
+    if size is None and content["data"]["class_path"] == "toolmem.data.MADDataModule":
+        size = 16  # the module's own, as docs/synthetic-recall.md says it
+    elif size is None:
         from toolmem.data.tokenizers import make_tokenizer
 
         size = make_tokenizer(data.get("tokenizer") or "byte").vocab_size
