@@ -25,6 +25,7 @@ from toolmem.errors import ToolmemError
 
 Mask = Literal["assistant", "all"]
 Layout = Literal["bucketed", "rows", "packed"]
+_CACHE_LINE_BYTES = 64
 
 
 class DialogTokenGenerator(IndexedBatches):
@@ -111,6 +112,7 @@ class DialogTokenGenerator(IndexedBatches):
         self._steps = np.arange(longest)
         # what a dialogue's cells need, kept small: 1,000 and 131,072 people cost about the same
         self._starts, self._lengths = table.offsets[:-1], table.lengths
+        self._line = _CACHE_LINE_BYTES // table.codes.itemsize
 
     # -- which dialogues
 
@@ -155,6 +157,9 @@ class DialogTokenGenerator(IndexedBatches):
             return self._pack(starts, lengths, state)
         # one gather for tokens and roles; cells past a row's end read neighbours, then are zeroed
         steps = self._steps[: int(lengths.max())]
+        # A large table lies far from the processor, and the gather would wait for each row's memory in
+        # turn. A cell of each cache line, read first, asks for all of it at once.
+        self.table.codes.take(starts[:, None] + steps[:: self._line], mode="clip")
         codes = self.table.codes.take(starts[:, None] + steps, mode="clip")
         codes *= steps < lengths[:, None]
         # (a shorter dialogue's last token stays as an input; its target is padding, without loss)
