@@ -152,6 +152,17 @@ def test_a_recipe_that_cannot_work(case, tmp_path, toolmem, monkeypatch):
     assert not (tmp_path / "runs" / "x").exists()
 
 
+@pytest.mark.parametrize(
+    "key", ["data.peoples", "data.init_args.peoples", "model.model.dimm", "trainer.max_step"]
+)
+def test_a_key_of_the_command_line_is_named_as_it_was_typed(key, tmp_path, toolmem):
+    """One that is nearly another's beginning (max_step) is a mistake too, and not that other."""
+    recipe = write_config(tmp_path / "recipe.yaml", TINY)
+    called = toolmem("fit", "--config", recipe, "--runs", tmp_path / "runs", f"--{key}", 8)
+    refused(called, key, "toolmem fit --help")
+    assert files(tmp_path) == {Path("recipe.yaml")}
+
+
 def test_text_data_named_by_the_environment(tmp_path, toolmem, monkeypatch):
     monkeypatch.setenv("TOOLMEM_DATA", str(tmp_path / "nothing"))
     recipe = write_config(tmp_path / "recipe.yaml", changed(data=TEXT))

@@ -33,6 +33,13 @@ def test_every_command_is_in_the_table():
         assert re.search(rf"`toolmem [^`]*\b{command}\b", named), command
 
 
+@pytest.mark.parametrize("page", [README, ROOT / "docs" / "recipes.md"])
+def test_every_recipe_is_in_the_table(page):
+    text = page.read_text(encoding="utf-8")
+    for recipe in (ROOT / "recipes").glob("*.yaml"):
+        assert f"`{recipe.name}`" in text, recipe.name
+
+
 def test_pictures_and_pages_that_it_points_to_exist():
     for target in re.findall(r"\]\(([^)#\s]+)", README.read_text(encoding="utf-8")):
         if "://" not in target:

@@ -113,6 +113,7 @@ class ToolmemCLI(LightningCLI):
                 load_from_checkpoint_support=False,
                 parser_kwargs={
                     "exit_on_error": False,
+                    "allow_abbrev": False,  # `--trainer.max_step` is a mistake, and not max_steps
                     "prog": "toolmem",
                     command: {"exit_on_error": False, "epilog": help_text},
                 },
@@ -341,8 +342,9 @@ def run(command: str, arguments: Sequence[str] | dict[str, Any]) -> ToolmemCLI:
     try:
         return ToolmemCLI(command, arguments)
     except ArgumentError as error:
+        words = [] if isinstance(arguments, dict) else arguments
         raise ToolmemError(
-            f"{plain(error)}{_hint(str(error))}\n`toolmem {command} --help` shows every key"
+            f"{plain(error, words)}{_hint(str(error))}\n`toolmem {command} --help` shows every key"
         ) from error
     except MisconfigurationException as error:
         raise ToolmemError(str(error)) from error

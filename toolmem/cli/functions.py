@@ -44,6 +44,7 @@ def call(
         description=doc.short_description,
         epilog=f"example: {example}" if example else None,
         exit_on_error=False,
+        allow_abbrev=False,
     )
     hints = get_type_hints(function)
     parameters = inspect.signature(function).parameters
@@ -95,13 +96,23 @@ def choose(
     )
 
 
-def plain(error: BaseException) -> str:
+def plain(error: BaseException, words: Sequence[str] = ()) -> str:
     """A jsonargparse error as one plain line: the key, and what is wrong with its value.
+
+    A key that the user typed without ``init_args`` is named as it was typed.
 
     jsonargparse nests a line for every level it went down, and lists every type of a union that the
     value failed to be; what helps is the whole key and the innermost reason.
     """
-    return "; ".join(dict.fromkeys(_reasons(str(error).strip().splitlines(), "")))
+    reasons = dict.fromkeys(_reasons(str(error).strip().splitlines(), ""))
+    return "; ".join(_as_typed(reason, words) for reason in reasons)
+
+
+def _as_typed(reason: str, words: Sequence[str]) -> str:
+    key, colon, rest = reason.partition(": ")
+    short = key.replace("init_args.", "")
+    typed = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
+    return f"{short}: {rest}" if colon and short in typed else reason
 
 
 KEY = re.compile(r"""Parser key "(?P<key>.*)":$""")
