@@ -20,6 +20,9 @@ OPTIONS = {
     "partly rotary": {"rope_fraction": 0.5, "embedding_scale": True},
     "capped": {"attention_softcap": 2.0},
     "two taps": {"conv_width": 2},
+    "heads of 12": {"head_dim": 12, "conv_width": 4},
+    "heads of 6": {"head_dim": 6, "n_kv_heads": 1},
+    "heads of 34": {"head_dim": 34},
 }
 
 
@@ -110,7 +113,6 @@ def test_weights_that_have_moved_are_found():
         {"value_residual": True},
         {"attention_mask": "prefix"},
         {"attention": "mla"},
-        {"head_dim": 6},
     ],
     ids=str,
 )

@@ -417,7 +417,7 @@ def _row_independent(model: LanguageModel) -> bool:
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or not kernels.available():
         return False
     plain = all(
-        type(mixer) is Attention and not mixer.window and mixer.head_dim % 8 == 0
+        type(mixer) is Attention and not mixer.window
         for mixer in (getattr(block, "mixer", None) for block in model.blocks)
     )
     return plain and not any(isinstance(module, MixtureOfExperts) for module in model.modules())

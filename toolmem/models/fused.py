@@ -65,7 +65,6 @@ def _fits(block: nn.Module) -> bool:
         and type(block.feed_forward_norm) is RMSNorm
         and all(extra is None for extra in extras)
         and not mixer.window
-        and mixer.head_dim % 8 == 0
         and all(_plain_linear(layer) for layer in (mixer.qkv, mixer.out, mlp.up, mlp.down))
     )
 
