@@ -79,14 +79,14 @@ def train(recipe: Path, runs: Path) -> Path:
     if not (folder / "finished").exists():
         asking = ["--recall.every_n_steps", str(EVERY), "--recall.n_questions", str(ASKED)]
         asking += ["--recall.n_unseen", "0", "--recall.show", "false"]
-        toolmem(
+        run_command(
             "fit", recipe, ["--runs", str(runs), "--name", recipe.stem, "--resume", "auto", *asking]
         )
         (folder / "finished").write_text("")
     return folder
 
 
-def toolmem(command: str, recipe: Path, words: list[str]) -> None:
+def run_command(command: str, recipe: Path, words: list[str]) -> None:
     """Run a command on a recipe, one thread."""
     line = [sys.executable, "-m", "toolmem", command, "--config", str(recipe), *words]
     if command == "fit":
@@ -118,7 +118,7 @@ def training_speed(recipe: Path) -> float:
     """Tokens a second of training, in a short run of its own."""
     with tempfile.TemporaryDirectory() as scratch:
         short = ["--trainer.max_steps", str(TIMED), "--recall.every_n_steps", "0"]
-        toolmem("fit", recipe, ["--runs", scratch, "--name", "speed", *short])
+        run_command("fit", recipe, ["--runs", scratch, "--name", "speed", *short])
         rows = metrics(Path(scratch) / "speed")
     speeds = [row.get("throughput/tokens_per_s") for row in rows]
     return statistics.median(float(speed) for speed in speeds if speed)
@@ -163,7 +163,7 @@ def row_of(recipe: Path, folder: Path) -> dict[str, Any]:
     ).population
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "inspect.json"
-        toolmem("inspect", recipe, ["--json", str(out)])
+        run_command("inspect", recipe, ["--json", str(out)])
         figures = json.loads(out.read_text(encoding="utf-8"))
     steps, tokens = first_reached(folder)
     speed = training_speed(recipe)
