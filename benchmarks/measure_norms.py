@@ -59,7 +59,7 @@ class Shape:
 
 
 QUICK = {"tiny": Shape(48, 2, 8, 70)}
-SHAPES = {"small": Shape(48, 2, 32, 70), "medium": Shape(128, 4, 64, 128)}
+SHAPES = {"small": Shape(48, 2, 32, 70), "medium": Shape(128, 4, 32, 128)}
 
 
 class Random(IterableDataset):
@@ -147,7 +147,7 @@ def measure(quick: bool) -> dict[str, Any]:
     """Every shape as plain data; key ``norms_overhead``."""
     details = {}
     for name, shape in (QUICK if quick else SHAPES).items():
-        details[name] = of_shape(shape, {"tiny": 2, "small": 12, "medium": 4}[name])
+        details[name] = of_shape(shape, {"tiny": 2, "small": 12, "medium": 2}[name])
     return {
         "norms_overhead": max(part["overhead"] for part in details.values()),
         "details": details,
