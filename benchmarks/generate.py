@@ -34,7 +34,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from measure_kernels import reader
+from kernels import reader
 from naive_generation import generate_in_lockstep
 from rich.console import Console
 from rich.table import Table

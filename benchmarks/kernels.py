@@ -1,6 +1,6 @@
 """How near the kernels for decoding on a CPU come to reading the weights as fast as memory allows.
 
-    OMP_NUM_THREADS=1 python benchmarks/measure_kernels.py [--quick] [--json FILE]
+    OMP_NUM_THREADS=1 python benchmarks/kernels.py [--quick] [--json FILE]
 
 All products with a weight that SmolLM2-135M computes for one token a row, random weights, float32: by
 ``kernels.linear`` and by ``F.linear``, turn about, with a plain sum over the same weights (as C, the
