@@ -180,7 +180,7 @@ class Writing(Reading):
         if not request.stop_strings or token == self._database:
             return False
         # a token of text has a byte at least, and those of a character may be cut at the front
-        longest = max(len(string.encode()) for string in request.stop_strings)
+        longest = max(len(string.encode(errors="replace")) for string in request.stop_strings)
         said = self.lanes.turn_text(lane, longest + 4)
         return any(string in said for string in request.stop_strings)
 
