@@ -124,6 +124,12 @@ def test_others_are_left_alone():
     torch.manual_seed(0)
     assert decoder(Mamba2(50, 16, 2, state_dim=8, head_dim=8, max_seq_len=60))[1] is None
     assert decoder(model_of().double())[1] is None
+
+    class Other(Transformer):
+        def hidden(self, tokens, **options):
+            return super().hidden(tokens, **options) + 1
+
+    assert decoder(Other(50, 16, 2, 2, max_seq_len=60))[1] is None
     hooked = model_of()
     hooked.blocks[0].register_forward_hook(lambda *_: None)
     assert decoder(hooked)[1] is None

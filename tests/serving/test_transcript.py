@@ -31,7 +31,7 @@ def told(tokenizer, parts, stop=()):
 
 @pytest.mark.parametrize("tokenizer", [TOKENIZER, BPE], ids=["bytes", "bpe"])
 @given(texts=st.lists(TEXT, min_size=1, max_size=7))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 def test_any_dialogue(tokenizer, texts):
     """Query and answer in turn, whatever they say; it ends where it ends."""
     ids = tokenizer.role_ids
@@ -59,7 +59,7 @@ def test_any_dialogue(tokenizer, texts):
 
 
 @given(data=st.binary(max_size=24))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, derandomize=True)
 def test_bytes_that_are_no_text(data):
     pieces, transcript = told(TOKENIZER, [(ASSISTANT, list(data))])
     assert "".join(piece.text for piece in pieces) == transcript.turns[0].text
@@ -67,11 +67,15 @@ def test_bytes_that_are_no_text(data):
 
 
 @given(text=TEXT, stop=st.lists(st.text(alphabet="aZ ë", min_size=1, max_size=3), max_size=3))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, derandomize=True)
 def test_stop_texts(text, stop):
-    """What is shown is what stands before the first stop text, and never more at any moment."""
-    places = [at for at in map(text.find, stop) if at >= 0]
-    expected = text[: min(places)] if places else text
+    """What is shown is what stands before the stop text that is whole first, never more at any moment."""
+    expected = text
+    for length in range(len(text) + 1):
+        places = [at for at in (text[:length].find(one) for one in stop) if at >= 0]
+        if places:
+            expected = text[: min(places)]
+            break
     pieces, transcript = told(TOKENIZER, [(ASSISTANT, TOKENIZER.encode(text))], stop)
     assert "".join(piece.text for piece in pieces) == expected == transcript.turns[0].text
 

@@ -9,6 +9,7 @@ take the model's own forward pass, which this one equals to rounding.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -103,6 +104,14 @@ class Parts(NamedTuple):
         ]
 
 
+def _between(model: LanguageModel) -> Iterator[type]:
+    """Classes of a model that may compute something else than a language model does."""
+    for each in type(model).__mro__:
+        if each.__module__ == "toolmem.models.language_model":
+            return
+        yield each
+
+
 def _parts(model: LanguageModel) -> list[Parts]:
     """Of every block."""
     return [
@@ -149,6 +158,7 @@ class FusedDecoder:
             weight.device.type != "cpu"
             or weight.dtype != torch.float32
             or model.attention_mask != "causal"
+            or any(name in vars(own) for own in _between(model) for name in ("hidden", "embed"))
             or hooked
             or not all(_fits(block) for block in model.blocks)
             or len({parts.shape for parts in _parts(model)}) != 1
