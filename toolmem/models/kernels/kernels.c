@@ -96,7 +96,7 @@ ALWAYS four sum_four(vec a, vec b, vec c, vec d) {
  * four such streams faster than one (14.5 GB/s against 12.3 on one core of a Xeon). It is asked AHEAD
  * bytes before its use. */
 #define FAR_MOST 4
-#define AHEAD 2048
+#define AHEAD 1024
 /* Beyond, by four rows at a time, again for each block of rows of x: each of the first four passes asks
  * for a fourth of the weights that come FURTHER rows later, into the second cache. Asked for any faster,
  * they hold up the arithmetic: at 16 rows and three passes a third of the speed went. */
@@ -136,7 +136,7 @@ ALWAYS void block(const float *x, long x_stride, const char *w, long w_step, lon
     for (long k = 0; k < whole; k += LANES) {
         vec weights[4];
         UNROLL for (int r = 0; r < R; r++) {
-            if (ASKED == EACH_ROW) __builtin_prefetch(w + r * w_stride + k * SIZE + AHEAD, 0, 2);
+            if (ASKED == EACH_ROW) __builtin_prefetch(w + r * w_stride + k * SIZE + AHEAD, 0, 3);
             weights[r] = load_weight(w + r * w_stride, k, SIZE);
         }
         if (ASKED == THERE) __builtin_prefetch(next + k * SIZE, 0, 2);
