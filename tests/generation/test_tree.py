@@ -122,3 +122,16 @@ def test_pruning_keeps_what_others_share():
         assert second.fork(1, max_new_tokens=3)[0].tokens[: len(second.tokens)] == second.tokens
         assert [node.depth for node in root] == [0, 1, 2]
         assert list(root.leaves()) == second.children
+
+
+def test_new_weights_read_a_node_again():
+    first, second = random_model(0), random_model(1)
+    with Engine(first, TOKENIZER) as engine:
+        root = engine.root(PROMPT)
+        [child] = root.fork(1, max_new_tokens=4)
+        asked = child.say("and?")
+        engine.update_weights(second)
+        for node in (child, asked):
+            [new] = node.fork(1, max_new_tokens=5)
+            naive = generate_naive(second, TOKENIZER, node.tokens, max_new_tokens=5)
+            assert new.tokens == naive.tokens

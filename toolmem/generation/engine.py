@@ -121,6 +121,7 @@ class Engine:
         )
         self._entered = 0
         self._seeds = 0
+        self.weights = 0  # how many times they have been changed
         self._lanes: dict[Handle, Lane] = {}
         self._cancelled: SimpleQueue[Handle] = SimpleQueue()
         self._lock = threading.RLock()
@@ -293,6 +294,7 @@ class Engine:
                         f"update_weights: not the engine's model with other weights: {error}"
                     ) from error
             self.scheduler.forget()
+            self.weights += 1
 
     def stats(self) -> Stats:
         """Counts so far, and what is held now."""

@@ -46,6 +46,7 @@ class Node:
         self.children: list[Node] = []
         self.score: float | None = None  # the caller's own
         self._branch: Branch | None = branch
+        self.weights = engine.weights  # that made its decoding state
         if parent is not None:
             parent.children.append(self)
 
@@ -104,7 +105,9 @@ class Node:
             list(self.dialogue.tool_calls),
             len(tokens),
         )
-        return Node(self.engine, dialogue, self.engine.fork_branch(self.branch), self)
+        child = Node(self.engine, dialogue, self.engine.fork_branch(self.branch), self)
+        child.weights = self.weights
+        return child
 
     @property
     def branch(self) -> Branch:
@@ -159,7 +162,11 @@ def fork_all(
     engine = nodes[0].engine
     first = engine.next_seeds(len(nodes)) if seed is None else seed
     requests = [Request(node.tokens, seed=first + i, **options) for i, node in enumerate(nodes)]
-    branches = [engine.fork_branch(node.branch) for node in nodes]
+    # What other weights made is read again.
+    branches = [
+        engine.fork_branch(node.branch) if node.weights == engine.weights else None
+        for node in nodes
+    ]
     pairs = []
     for node, handle in zip(nodes, engine.finish(requests, branches, keep=True), strict=True):
         result = handle.result()
