@@ -325,10 +325,12 @@ def test_two_at_once(start, tmp_path, toolmem):
     recipe, out = long_sweep(tmp_path / "long.yaml"), tmp_path / "out"
     sweep = start(recipe, out)
     wait_for(lambda: list(out.glob("runs/*/metrics.csv")))
+    [worker] = workers_of(sweep.pid)
+    os.kill(worker, signal.SIGSTOP)  # on a fast machine it would be done before the other has looked
     called = toolmem("sweep", recipe, "--out", out)
     assert called.code == 2
     assert f"another sweep (process {sweep.pid}) is running" in called.err
-    [worker] = workers_of(sweep.pid)
+    os.kill(worker, signal.SIGCONT)
     sweep.send_signal(signal.SIGINT)
     output = sweep.communicate(timeout=60)[0]
     assert sweep.returncode == 130, output
