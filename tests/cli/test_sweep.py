@@ -326,7 +326,7 @@ def test_two_at_once(start, tmp_path, toolmem):
     sweep = start(recipe, out)
     wait_for(lambda: list(out.glob("runs/*/metrics.csv")))
     [worker] = workers_of(sweep.pid)
-    os.kill(worker, signal.SIGSTOP)  # on a fast machine it would be done before the other has looked
+    os.kill(worker, signal.SIGSTOP)  # it would be done before the other has looked
     called = toolmem("sweep", recipe, "--out", out)
     assert called.code == 2
     assert f"another sweep (process {sweep.pid}) is running" in called.err
