@@ -11,9 +11,9 @@ from torch import Tensor
 
 from toolmem.models.kernels.build import library
 
-# From so many rows on torch's matrix product (MKL) is the faster one: on a Xeon with AVX-512, SmolLM2-135M's
-# products took 308 ms here and 336 ms there at 128 rows, 671 and 611 ms at 256.
-MANY_ROWS = 192
+# From so many rows on torch's matrix product (MKL) is the faster one: on one core of a Xeon with AVX-512,
+# SmolLM2-135M's products took 176 ms here and 177 ms there at 96 rows, 343 and 317 ms at 192.
+MANY_ROWS = 96
 
 
 def _plain(*tensors: Tensor) -> bool:
