@@ -6,7 +6,8 @@ All products with a weight that SmolLM2-135M computes for one token a row, rando
 ``kernels.linear`` and by ``F.linear``, turn about, with a plain sum over the same weights (in C, four
 streams at a time, the fastest of the ways tried) as the measure of what can be read. A share is the
 sum's seconds over the product's: 1 where the products take no longer than reading the weights once. Medians
-over the rounds, of seconds of this thread's processor time, so that on a busy machine the others' turns are not counted.
+over the rounds, of seconds of this thread's processor time, so that on a busy
+machine the others' turns are not counted.
 """
 
 from __future__ import annotations
