@@ -13,7 +13,7 @@ import pytest
 
 import toolmem as package
 
-httpx = pytest.importorskip("httpx")
+httpx = pytest.importorskip("httpx", reason="the extra dev is not installed: no client to ask with")
 pytest.importorskip("starlette", reason="the extra serve is not installed: no server to test")
 
 QUESTION = "When was person 1 born?"

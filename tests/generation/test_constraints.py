@@ -19,7 +19,9 @@ from toolmem.generation.sampling import History
 from toolmem.models import Transformer
 from toolmem.tools.base import Answer
 
-pytest.importorskip("llguidance")
+pytest.importorskip(
+    "llguidance", reason="the extra constrain is not installed: no grammars to test"
+)
 TOKENIZER = ByteTokenizer()
 ROLES = TOKENIZER.role_ids
 PROMPT = [ROLES["user"], *b"Where?", ROLES["assistant"]]
