@@ -20,19 +20,20 @@ from test_engine import (
 
 from toolmem.errors import ToolmemError
 from toolmem.generation import Engine, Request, Sampling, generate_naive
+from toolmem.generation.acceptance import Acceptance
+from toolmem.generation.lookup import PromptLookup
+from toolmem.generation.planning import model_seconds, pass_overhead, token_seconds
 from toolmem.generation.speculative import (
-    Acceptance,
     Draft,
     DraftHeads,
     DraftModel,
-    PromptLookup,
     ancestors,
     chain,
     depths,
     follow,
     trunk,
 )
-from toolmem.models import Eagle, Medusa
+from toolmem.models import Eagle, Medusa, Transformer
 
 OPTIONS = {
     "plain": {},
@@ -82,7 +83,10 @@ class Guess:
             drafts.append(Draft(tokens, parents))
         return drafts
 
-    def forget(self, lane):
+    def price(self, lanes, token_seconds):
+        return 0.01
+
+    def forget(self, lane, tokens=()):
         pass
 
 
@@ -149,8 +153,91 @@ def test_prompt_lookup_finds_the_longest_and_latest_match():
     lanes = [Row(i) for i in range(3)]
     found = PromptLookup(8, max_ngram=3, min_ngram=1).propose(lanes, Columns, [3, 3, 3])
     assert [draft.tokens for draft in found] == [[8, 2, 3], [], [4]]
-    found = PromptLookup(8, max_ngram=3, min_ngram=3).propose(lanes, Columns, [3, 3, 3])
+    found = PromptLookup(8, max_ngram=3, min_ngram=3).propose(lanes, Columns, [3, 0, 3])
     assert [draft.tokens for draft in found] == [[], [], []]
+
+
+def test_prompt_lookup_equals_a_search_of_the_whole_text():
+    """As it grows a text's matches are those that are found by looking everywhere."""
+    generator = np.random.default_rng(0)
+
+    class Row:
+        index = 0
+
+    class Columns:
+        tokens = generator.integers(0, 3, (1, 300))
+        length = np.array([0])
+
+    lookup, lane, text = (
+        PromptLookup(5, max_ngram=8, min_ngram=2),
+        Row(),
+        Columns.tokens[0].tolist(),
+    )
+    for n in [1, 2, 3, 7, 8, *range(20, 300, 7)]:
+        Columns.length = np.array([n])
+        wanted: list[int] = []
+        for length in (8, 4, 2):
+            ends = [e for e in range(length, n) if text[e - length : e] == text[n - length : n]]
+            if ends and n >= length:
+                wanted = text[ends[-1] : min(ends[-1] + 5, n)]
+                break
+        assert lookup.propose([lane], Columns, [5])[0].tokens == wanted
+
+
+def test_prompt_lookup_copies_from_dialogues_that_have_ended():
+    class Row:
+        index = 0
+
+    def propose(lookup, tokens):
+        class Columns:
+            length = np.array([len(tokens)])
+
+        Columns.tokens = np.array([tokens])
+        return lookup.propose([Row()], Columns, [3])[0].tokens
+
+    lookup = PromptLookup(8, max_ngram=4, min_ngram=1, pool_tokens=12)
+    ended = Row()
+    lookup.propose(
+        [ended], type("Columns", (), {"length": [1], "tokens": np.zeros((1, 1), int)}), [1]
+    )
+    assert propose(lookup, [9, 1, 2]) == []
+    lookup.forget(ended, [7, 1, 2, 3, 4, 5])
+    assert propose(lookup, [9, 1, 2]) == [3, 4, 5]
+    assert propose(lookup, [9, 9, 2]) == [], "one token is too little to copy from another dialogue"
+    assert propose(lookup, [1, 2, 8, 0, 1, 2]) == [8, 0, 1], "its own goes before one as long"
+    assert propose(lookup, [2, 8, 0, 1, 2]) == [3, 4, 5], "the longer one goes before its own"
+    lookup.forget(Row(), [6, 6, 6, 6, 6, 6])
+    assert propose(lookup, [9, 1, 2]) == [3, 4, 5], "the older half"
+    lookup.forget(Row(), [6, 6, 6, 6, 6, 6])
+    assert propose(lookup, [9, 1, 2]) == [], "as many tokens as were asked for"
+    alone = PromptLookup(8, min_ngram=1, pool_tokens=0)
+    alone.forget(ended, [7, 1, 2, 3, 4, 5])
+    assert propose(alone, [9, 1, 2]) == []
+
+
+def test_the_pool_lets_later_dialogues_copy():
+    model = MODELS["plain"]()
+    prompts = [ragged_prompts(1)[0]] * 4
+    with Engine(model, TOKENIZER, max_lanes=1, drafter=PromptLookup()) as engine:
+        steps = []
+        for prompt in prompts:
+            before = engine.stats().steps
+            engine.generate([prompt], max_new_tokens=40)
+            steps.append(engine.stats().steps - before)
+    assert steps[1] < steps[0], "the same again, by copies of sixteen"
+
+
+class Cheap(DraftModel):
+    """A draft model that counts as if it cost nothing, as it does beside a large model."""
+
+    def price(self, lanes, token_seconds):
+        return 0.01
+
+
+class CheapHeads(DraftHeads):
+    """The same of heads."""
+
+    price = Cheap.price
 
 
 @pytest.mark.parametrize("name", ["plain", "conv", "mamba2", "jamba"])
@@ -162,12 +249,22 @@ def test_draft_model(name):
         for parameter in worse.parameters():
             parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
     for draft, least in ((model, 1.9), (worse, 1.0)):
-        drafter = DraftModel(draft, 3, max_lanes=4)
+        drafter = Cheap(draft, 3, max_lanes=4)
         histogram, _ = check(model, drafter, None, ragged_prompts(7, longest=20), max_lanes=4)
         assert histogram["tokens_per_pass"] > least
         assert drafter.pager.live == {"page": 0, "slot": 0}
-    small = DraftModel(model, 3, max_lanes=4, memory_limit=draft_memory(model))
+    small = Cheap(model, 3, max_lanes=4, memory_limit=draft_memory(model))
     check(model, small, Sampling(), ragged_prompts(7, longest=20), max_lanes=4)
+
+
+def test_a_drafter_that_cannot_pay_says_so_and_does_not_draft(caplog):
+    model = MODELS["plain"]()
+    histogram, _ = check(model, DraftModel(model, 3), None, ragged_prompts(3))
+    assert histogram["passes"] == 0
+    assert [record.message for record in caplog.records if "DraftModel" in record.message] == [
+        record.message for record in caplog.records
+    ]
+    assert len(caplog.records) == 1
 
 
 def draft_memory(model):
@@ -188,7 +285,7 @@ def test_heads(cls, name, sampler):
     model = cls(260, base).eval()
     model.start_heads()
     histogram, _ = check(
-        model, lambda model, _: DraftHeads(model), sampler, ragged_prompts(6), max_lanes=4
+        model, lambda model, _: CheapHeads(model), sampler, ragged_prompts(6), max_lanes=4
     )
     assert histogram["passes"] > 0
 
@@ -207,7 +304,10 @@ def test_sampled_dialogues_have_the_exact_distribution():
         def propose(self, lanes, columns, limits):
             return [chain([17, 17][:limit]) if limit else Draft([], []) for limit in limits]
 
-        def forget(self, lane):
+        def price(self, lanes, token_seconds):
+            return 0.01
+
+        def forget(self, lane, tokens=()):
             pass
 
     with Engine(model, TOKENIZER, drafter=Likeliest(), max_lanes=256) as engine:
@@ -270,22 +370,39 @@ def test_trees():
     ]  # fmt: skip
 
 
-def test_drafts_get_as_long_as_they_are_good():
-    class One:
-        draft_limit, draft_pause = None, 0
+class Drafting:
+    """A lane, as far as acceptance looks at it."""
 
-    acceptance, lane = Acceptance(8), One()
-    assert acceptance.limit(lane) == 4
-    acceptance.note(lane, 4, 4)
-    assert acceptance.limit(lane) == 8
+    def __init__(self):
+        self.drafted, self.draft_pause = None, 0
+
+
+def test_drafts_get_as_long_as_they_pay():
+    acceptance, lane = Acceptance(8), Drafting()
+    assert acceptance.limit(lane, 0.7) == 1, "0.7 ** 1 is as much as it costs"
+    assert acceptance.limit(lane, 0.2) == 4, "0.7 ** 4 is more, 0.7 ** 5 less"
+    assert acceptance.limit(lane, 1e-9) == 8
     for _ in range(4):
-        acceptance.note(lane, acceptance.limit(lane), 0)
-    assert lane.draft_limit == 0
-    tries = [acceptance.limit(lane) for _ in range(Acceptance.PATIENCE)]
+        acceptance.note(lane, 4, 4)
+    assert acceptance.limit(lane, 0.7) >= 4
+    for _ in range(40):
+        acceptance.note(lane, 4, 0)
+    tries = [acceptance.limit(lane, 0.7) for _ in range(Acceptance.PATIENCE)]
     assert tries == [0] * (Acceptance.PATIENCE - 1) + [1]
-    assert acceptance.histogram()["by_length"] == {
-        "1": {"0": 1}, "2": {"0": 1}, "4": {"0": 1, "4": 1}, "8": {"0": 1},
-    }  # fmt: skip
+    assert acceptance.histogram()["by_length"] == {"4": {"0": 40, "4": 4}}
+    assert acceptance.limit(Drafting(), 0.7) == 0, "a new lane begins with what others have shown"
+    assert acceptance.limit(Drafting(), 1.0) == 0, "nothing pays that costs as much as a pass"
+
+
+def test_drafts_cost_more_where_passes_are_shared():
+    small, large = MODELS["plain"](), Transformer(260, 64, 4, 2)
+    a_token, overhead = token_seconds(large), pass_overhead(large)
+    for drafter in (PromptLookup(), DraftModel(small, 3)):
+        shares = [drafter.price(n, a_token) / (overhead + n) for n in (1, 8, 64)]
+        assert shares == sorted(shares)
+    assert PromptLookup().price(8, a_token) == 8
+    more = DraftModel(small, 3).price(8, a_token) - 8
+    assert more * a_token == pytest.approx(model_seconds(small, 8))
 
 
 def test_what_does_not_go_together_is_refused():

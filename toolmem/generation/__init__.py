@@ -17,7 +17,7 @@ __getattr__, __dir__, __all__ = attach(
         "Handle": "toolmem.generation.requests",
         "Hypothesis": "toolmem.generation.beam",
         "Node": "toolmem.generation.tree",
-        "PromptLookup": "toolmem.generation.speculative",
+        "PromptLookup": "toolmem.generation.lookup",
         "Request": "toolmem.generation.requests",
         "Sampler": "toolmem.generation.sampling",
         "Sampling": "toolmem.generation.sampling",

@@ -59,8 +59,8 @@ class Lane:
         self.hidden: Tensor | None = None  # (dim,), what the head is to read, where that is known
         self.draft: Draft | None = None  # being checked in this step
         self.before: tuple[int, list[Tensor]] | None = None  # its state of one size, without them
-        self.draft_limit: int | None = None  # how long the next draft is to be
-        self.draft_pause = 0  # passes without one
+        self.drafted: tuple[float, float] | None = None  # tokens right, of tokens tried, fading
+        self.draft_pause = 0  # passes for which drafts would not have paid
         self.features: Tensor | None = None  # (window, dim), what the head read last, for drafters
         self.featured = 0  # tokens up to where they go
         self.told = 0  # tokens that its handle has been told of

@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from toolmem.generation.acceptance import Acceptance
 from toolmem.generation.lanes import Lane, Lanes
 from toolmem.generation.paging import NoRoom, Pager
-from toolmem.generation.planning import pass_overhead
+from toolmem.generation.planning import pass_overhead, token_seconds
 from toolmem.generation.prefixes import PrefixTree
 from toolmem.generation.reference import Generated
 from toolmem.generation.requests import Event
-from toolmem.generation.speculative import (
-    Acceptance,
-    Drafter,
-)
+from toolmem.generation.speculative import Drafter
+from toolmem.models.attention_kernels import own_kernels
 from toolmem.models.fused import FusedDecoder
 
 if TYPE_CHECKING:
@@ -124,9 +123,10 @@ class Lifecycle:
             exact = self.both_ways or bool(pager.bytes_each["slot"])
             self.tree = PrefixTree(pager, exact=exact)
         # A tree of drafts needs nothing but keys and values, which stay where they are.
-        self.fused = None if invariant else FusedDecoder.of(model, pager.state)
+        self._fused = None if invariant else FusedDecoder.of(model, pager.state)
         self._chains_only = self.both_ways or bool(pager.bytes_each["slot"])
         self.overhead = pass_overhead(model)
+        self.token_seconds = token_seconds(model)
         self.lanes = Lanes(tokenizer, model.max_seq_len)
         self.device = model.embedding.weight.device
         self.counts = Stats()
@@ -139,10 +139,16 @@ class Lifecycle:
         self.following: set[Lane] = set()  # of the same prompt as one that is being read
         self.alive: set[Lane] = set()
         self._reading: dict[object, Lane] = {}
+        self._told_price = False  # that drafts do not pay here
         self._held = 0  # steps for which lanes with much to read have waited for each other
         self._listened: set[Lane] = set()
         self._timed: set[Lane] = set()
         self._answered: SimpleQueue[Lane] = SimpleQueue()
+
+    @property
+    def fused(self) -> FusedDecoder | None:
+        """Decoding by C, where the model can be decoded so and no other attention was chosen."""
+        return self._fused if own_kernels(self.model.attention_kernel) else None
 
     def enter(self, lane: Lane) -> None:
         """Take in a lane with its branch."""
@@ -184,7 +190,7 @@ class Lifecycle:
         self._timed.discard(lane)
         self.lanes.remove(lane)
         if self.drafter is not None:
-            self.drafter.forget(lane)
+            self.drafter.forget(lane, result.tokens if isinstance(result, Generated) else ())
         lane.handle.finish(result)
 
     def _leave(self, lane: Lane) -> None:

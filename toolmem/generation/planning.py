@@ -34,13 +34,37 @@ class Pass(NamedTuple):
     counts: np.ndarray
 
 
+def pass_seconds(layers: float, weights: int, rows: int, bytes_each: int = 4) -> float:
+    """What a pass takes: the calls, reading the weights, and the tokens.
+
+    Args:
+        layers: that are called.
+        weights: that a token is multiplied with.
+        rows: tokens.
+        bytes_each: of a weight.
+    """
+    fixed = layers * SECONDS_A_LAYER + weights * bytes_each / BYTES_A_SECOND
+    return fixed + rows * 2 * weights / FLOPS_A_SECOND
+
+
+def _weights(model: LanguageModel) -> int:
+    return max(1, model.active_parameters() - model.embedding.weight.numel())
+
+
+def model_seconds(model: LanguageModel, rows: int) -> float:
+    """What a pass of so many tokens takes a model."""
+    weight = model.embedding.weight
+    return pass_seconds(len(model.blocks), _weights(model), rows, weight.element_size())
+
+
+def token_seconds(model: LanguageModel) -> float:
+    """What one token more takes in a pass."""
+    return model_seconds(model, 1) - model_seconds(model, 0)
+
+
 def pass_overhead(model: LanguageModel) -> int:
     """What a forward pass costs beside its tokens, in tokens: reading the weights, and the calls."""
-    weights = max(1, model.active_parameters() - model.embedding.weight.numel())
-    bytes_each = model.embedding.weight.element_size()
-    fixed = len(model.blocks) * SECONDS_A_LAYER + weights * bytes_each / BYTES_A_SECOND
-    a_token = 2 * weights / FLOPS_A_SECOND
-    return int(np.clip(fixed / a_token, 4, 256))
+    return int(np.clip(model_seconds(model, 0) / token_seconds(model), 4, 256))
 
 
 def hold_back(waiting: np.ndarray, overhead: int) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +21,7 @@ from toolmem.generation.speculative import (
 )
 from toolmem.models import kernels
 
-if TYPE_CHECKING:
-    pass
+log = logging.getLogger(__name__)
 
 # In invariant mode every pass has one of two shapes, so that no sum's order hangs on the batch.
 TILE = 16  # lanes of a decoding pass
@@ -100,8 +100,16 @@ class Reading(Lifecycle):
         if not places:
             return drafted
         objects = [lanes.objects[index[at]] for at in places]
+        share = self.drafter.price(len(places), self.token_seconds)
+        share /= self.overhead + len(index)
+        if share >= 1 and not self._told_price:
+            self._told_price = True
+            log.warning(
+                "%s: a drafted token costs %.1f times what a pass does, for %d lanes: none are drafted",
+                type(self.drafter).__name__, share, len(places),
+            )  # fmt: skip
         limits = [
-            min(self.acceptance.limit(lane), int(left[at]) - 1, BLOCK - 1)
+            min(self.acceptance.limit(lane, share), int(left[at]) - 1, BLOCK - 1)
             for at, lane in zip(places, objects, strict=True)
         ]
         drafts = self.drafter.propose(objects, lanes, limits)

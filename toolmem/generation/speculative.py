@@ -7,13 +7,12 @@ is what it would have written, whether it takes the likeliest token or samples; 
 forward passes hangs on the drafts. (Leviathan et al., arXiv 2211.17192, accept by chance instead, which
 gives the same distribution, but other samples than plain decoding with the same seed.)
 
-``PromptLookup`` copies from the dialogue, ``DraftModel`` asks a smaller model, ``DraftHeads`` the heads of
+``PromptLookup`` (``lookup.py``) copies, ``DraftModel`` asks a smaller model, ``DraftHeads`` the heads of
 a model that has some (Medusa, EAGLE).
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from toolmem.errors import ToolmemError
 from toolmem.generation.paging import Branch, NoRoom, Pager
+from toolmem.generation.planning import model_seconds, pass_seconds
 
 if TYPE_CHECKING:
     from toolmem.generation.lanes import Lane, Lanes
@@ -72,57 +72,24 @@ class Drafter(Protocol):
             limits: the most tokens that a path of each may have.
         """
 
-    def forget(self, lane: Lane | None) -> None:
-        """Let go of what is kept of a lane; of all when None, since weights have changed."""
+    def price(self, lanes: int, token_seconds: float) -> float:
+        """What drafting one token more for each of some lanes costs, in tokens of the model's passes.
+
+        Args:
+            lanes: that draft; each has as many tokens more to check.
+            token_seconds: what a token of a pass takes (``planning.token_seconds``).
+        """
+
+    def forget(self, lane: Lane | None, tokens: Sequence[int] = ()) -> None:
+        """Let go of what is kept of a lane; of what hangs on weights, for all, when None.
+
+        Args:
+            lane: that has ended; None when the weights have changed.
+            tokens: its dialogue, where it came to its end.
+        """
 
 
 EMPTY = Draft([], [])
-
-
-class PromptLookup:
-    """What followed where the lane's last tokens stood before, most lately (Saxena 2023, n-gram).
-
-    Args:
-        max_tokens: drafted at a time.
-        max_ngram: tokens at the end that are looked for, at first.
-        min_ngram: and at last.
-    """
-
-    window = 0
-
-    def __init__(self, max_tokens: int = 8, max_ngram: int = 4, min_ngram: int = 2) -> None:
-        if not 1 <= min_ngram <= max_ngram or max_tokens < 1:
-            raise ToolmemError("max_tokens must be at least 1, and 1 <= min_ngram <= max_ngram")
-        self.max_tokens = max_tokens
-        self.max_ngram = max_ngram
-        self.min_ngram = min_ngram
-
-    def propose(self, lanes: Sequence[Lane], columns: Lanes, limits: Sequence[int]) -> list[Draft]:
-        """As ``Drafter.propose``: all lanes are searched at once."""
-        index = np.fromiter((lane.index for lane in lanes), np.int64, len(lanes))
-        lengths = columns.length[index]
-        tokens = columns.tokens[index, : int(lengths.max())]
-        places = np.arange(tokens.shape[1])
-        # same[i, j]: the tokens that end at j are those that end the dialogue
-        same = places < lengths[:, None] - 1
-        found = np.full(len(lanes), -1)
-        for n in range(1, self.max_ngram + 1):
-            back = n - 1
-            last = tokens[np.arange(len(lanes)), np.maximum(lengths - n, 0)]
-            moved = np.zeros_like(same)
-            moved[:, back:] = tokens[:, : tokens.shape[1] - back] == last[:, None]
-            same &= moved & (lengths > n)[:, None]
-            if n >= self.min_ngram:
-                latest = np.where(same, places, -1).max(axis=1)
-                found = np.where(latest >= 0, latest, found)
-        drafts = []
-        for at, (place, limit) in enumerate(zip(found.tolist(), limits, strict=True)):
-            stop = min(place + 1 + limit, int(lengths[at]))
-            drafts.append(chain(tokens[at, place + 1 : stop].tolist()) if place >= 0 else EMPTY)
-        return drafts
-
-    def forget(self, lane: Lane | None) -> None:
-        """It keeps nothing."""
 
 
 class DraftModel:
@@ -222,7 +189,11 @@ class DraftModel:
         chosen[order] = best.cpu().numpy()
         return chosen
 
-    def forget(self, lane: Lane | None) -> None:
+    def price(self, lanes: int, token_seconds: float) -> float:
+        """As ``Drafter.price``: a pass of the smaller model."""
+        return lanes + model_seconds(self.model, lanes) / token_seconds
+
+    def forget(self, lane: Lane | None, tokens: Sequence[int] = ()) -> None:
         """As ``Drafter.forget``."""
         for one in list(self._branches) if lane is None else [lane]:
             branch = self._branches.pop(one, None)
@@ -284,73 +255,14 @@ class DraftHeads:
         counts = torch.tensor([len(one) for one in kept], device=features.device)
         return features, tokens.to(features.device), counts
 
-    def forget(self, lane: Lane | None) -> None:
+    def price(self, lanes: int, token_seconds: float) -> float:
+        """As ``Drafter.price``: of a tree all nodes of a depth, and what the heads compute for them."""
+        topology = self.topologies[self.max_tokens]
+        rows = lanes * len(topology) / topology.depth
+        return rows + pass_seconds(1, self.model.draft_weights(), lanes) / token_seconds
+
+    def forget(self, lane: Lane | None, tokens: Sequence[int] = ()) -> None:
         """It keeps nothing; the engine keeps the features."""
-
-
-class Acceptance:
-    """How drafts fared, and how long the next ones are to be.
-
-    A lane's drafts get longer while all of their tokens are right and shorter when few are; one for which
-    none were right for a while tries again now and then.
-
-    Args:
-        max_tokens: the longest path.
-    """
-
-    PATIENCE = 8  # passes without drafts between two tries, where they have failed
-
-    def __init__(self, max_tokens: int) -> None:
-        self.max_tokens = max_tokens
-        self.counts: Counter[tuple[int, int]] = Counter()  # (path's length, tokens right): passes
-
-    def limit(self, lane: Lane) -> int:
-        """The longest path to draft for a lane now."""
-        if lane.draft_limit is None:
-            lane.draft_limit = min(4, self.max_tokens)
-        if lane.draft_limit:
-            return lane.draft_limit
-        lane.draft_pause += 1
-        if lane.draft_pause >= self.PATIENCE:
-            lane.draft_pause = 0
-            lane.draft_limit = 1
-        return lane.draft_limit
-
-    def note(self, lane: Lane, drafted: int, right: int) -> None:
-        """Learn from one pass.
-
-        Args:
-            lane: whose.
-            drafted: tokens of the longest path; 0 tells nothing.
-            right: that were accepted.
-        """
-        if not drafted:
-            return
-        self.counts[drafted, right] += 1
-        limit = lane.draft_limit or 1
-        if right == drafted >= limit:
-            limit = min(self.max_tokens, 2 * limit)
-        elif 2 * right < drafted:
-            limit = min(limit, drafted) // 2
-        lane.draft_limit = limit
-
-    def histogram(self) -> dict[str, object]:
-        """Plain data: passes by length of path and tokens accepted, and tokens per pass."""
-        passes = sum(self.counts.values())
-        accepted = sum(right * n for (_, right), n in self.counts.items())
-        return {
-            "passes": passes,
-            "accepted": accepted,
-            "tokens_per_pass": 1 + accepted / passes if passes else 1.0,
-            "by_length": {
-                str(drafted): {
-                    str(right): n
-                    for (other, right), n in sorted(self.counts.items())
-                    if other == drafted
-                }
-                for drafted in sorted({drafted for drafted, _ in self.counts})
-            },
-        }
 
 
 def trunk(draft: Draft) -> Draft:

@@ -100,6 +100,10 @@ class Drafting(LanguageModel):
         """
         raise NotImplementedError
 
+    def draft_weights(self) -> int:
+        """Weights that drafting a token more is multiplied with: here each depth has its own."""
+        return sum(p.numel() for p in self.multi_token.parameters()) // self.depth
+
     @torch.no_grad()
     def start_heads(self) -> None:
         """Give the modules what they take from the base's weights; called when those were loaded."""

@@ -223,6 +223,10 @@ class Eagle(Drafting):
         self.window = window
 
     @torch.no_grad()
+    def draft_weights(self) -> int:
+        """As ``Drafting.draft_weights``: one layer for every depth, and the base's head behind it."""
+        return sum(p.numel() for p in self.multi_token.parameters()) + self.head.weight.numel()
+
     def draft(
         self,
         features: Tensor,
