@@ -24,6 +24,8 @@ from toolmem.tools import Toolbox, open_toolbox
 if TYPE_CHECKING:
     import torch
 
+    from toolmem.models.kernel_choice import KernelChoice
+
 FACTBASE = "facts.duckdb"
 
 
@@ -212,6 +214,7 @@ def load(
     *,
     factbase: str | Path | None = None,
     allow_other_factbase: bool = False,
+    attention: KernelChoice = "auto",
     device: torch.device | str = "cpu",
 ) -> Run:
     """Load a trained run.
@@ -220,12 +223,14 @@ def load(
         path: a run's folder, or a checkpoint file.
         factbase: where queries go; ``facts.duckdb`` in the run's folder when None.
         allow_other_factbase: accept one whose facts are not those of training.
+        attention: what runs it, as ``LanguageModel.use_attention``.
         device: where to put the model.
 
     Raises:
         ToolmemError: no or a damaged checkpoint, or a factbase that is missing or another one.
     """
     checkpoint = checkpoints.load(path, device)
+    checkpoint.model.use_attention(attention)
     if factbase is None:
         beside = checkpoints.run_folder(path) / FACTBASE
         return Run(checkpoint, beside if _matches(checkpoint, beside) else None)

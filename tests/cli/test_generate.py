@@ -35,6 +35,30 @@ def test_one_question_is_streamed(runs, toolmem):
     assert re.sub(r"\s+", "", f"assistant: {said}") in shown
 
 
+@pytest.mark.parametrize("command", ["generate", "evaluate"])
+def test_the_kernel_of_attention_is_told(command, runs, prompts, tmp_path, toolmem, monkeypatch):
+    from toolmem.models.attention import HeadMixing
+
+    ran, plain = [], HeadMixing.weights
+    monkeypatch.setattr(
+        HeadMixing, "weights", lambda self, *args: ran.append(1) or plain(self, *args)
+    )
+    words = {
+        "generate": ["--prompts", prompts, "--out", tmp_path / "out.jsonl", "--max_new_tokens", 2],
+        "evaluate": ["--n_questions", 2],
+    }[command]
+    words += ["--checkpoint", runs / "in_weight"]
+    assert toolmem(command, *words).code == 0
+    assert not ran
+    if command == "generate":
+        (tmp_path / "out.jsonl").unlink()
+    assert toolmem(command, *words, "--attention", "plain").code == 0
+    assert ran
+    refused = toolmem(command, *words, "--attention", "eager")
+    assert refused.code == 2
+    assert "attention" in refused.err
+
+
 def test_a_streamed_tool_call(runs, toolmem, monkeypatch):
     """What the database answers is shown under its own role."""
     run = package.load(runs / "in_tool")

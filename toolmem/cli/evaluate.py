@@ -9,6 +9,7 @@ from toolmem.cli.functions import call
 from toolmem.console import progress, stdout
 from toolmem.errors import ToolmemError
 from toolmem.files import write_json
+from toolmem.models.kernel_choice import KernelChoice
 
 if TYPE_CHECKING:
     from toolmem.evaluation import RecallResult
@@ -26,6 +27,7 @@ def evaluate(
     factbase: str | None = None,
     allow_other_factbase: bool = False,
     batch_size: int = 128,
+    attention: KernelChoice = "auto",
     device: str = "cpu",
 ) -> None:
     """Measure what a trained model recalls, per attribute, on known and on unseen people.
@@ -38,6 +40,8 @@ def evaluate(
         factbase: the DuckDB file with the facts (default: facts.duckdb in the run's folder).
         allow_other_factbase: accept a factbase whose facts are not those of training.
         batch_size: dialogues generated at once.
+        attention: what runs attention: sdpa (torch's own, and C of ours), flex (FlexAttention), flash
+            (the package flash-attn, on CUDA), plain (the reference), or the one for the device (auto).
         device: where the model runs.
     """
     names = [name.strip() for name in tasks.split(",") if name.strip()]
@@ -50,7 +54,11 @@ def evaluate(
 
     began = time.perf_counter()
     run = load(
-        checkpoint, factbase=factbase, allow_other_factbase=allow_other_factbase, device=device
+        checkpoint,
+        factbase=factbase,
+        allow_other_factbase=allow_other_factbase,
+        attention=attention,
+        device=device,
     )
     results = measure(run, n_questions, batch_size)
     show(results)

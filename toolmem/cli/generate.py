@@ -11,6 +11,7 @@ from toolmem.console import ROLE_STYLES, progress, stdout
 from toolmem.errors import ToolmemError
 from toolmem.files import explain_os_error
 from toolmem.jsonl import completed_rows, read_prompts
+from toolmem.models.kernel_choice import KernelChoice
 
 if TYPE_CHECKING:
     from toolmem.generation import Sampler
@@ -31,6 +32,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    attention: KernelChoice = "auto",
     device: str = "cpu",
 ) -> None:
     """Ask a trained model one question, or a file of them; tools answer its queries.
@@ -47,6 +49,8 @@ def generate(
         top_k: sample among the k likeliest tokens only.
         top_p: sample among the likeliest tokens that together have this probability.
         seed: of the samples; row i of a file uses seed + i.
+        attention: what runs attention: sdpa (torch's own, and C of ours), flex (FlexAttention), flash
+            (the package flash-attn, on CUDA), plain (the reference), or the one for the device (auto).
         device: where the model runs.
     """
     if (prompt is None) == (prompts is None):
@@ -62,7 +66,11 @@ def generate(
         Sampling(temperature=temperature, top_k=top_k, top_p=top_p) if temperature else Greedy()
     )
     run = load(
-        checkpoint, factbase=factbase, allow_other_factbase=allow_other_factbase, device=device
+        checkpoint,
+        factbase=factbase,
+        allow_other_factbase=allow_other_factbase,
+        attention=attention,
+        device=device,
     )
     if prompt is not None:
         show_stream(run, prompt, sampler, max_new_tokens, seed)

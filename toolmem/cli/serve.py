@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from toolmem.cli.functions import call
 from toolmem.console import stderr, stdout
 from toolmem.errors import ToolmemError
+from toolmem.models.kernel_choice import KernelChoice
 
 if TYPE_CHECKING:
     from toolmem.run import Run
@@ -33,6 +34,7 @@ def serve(
     memory_mib: int = 2048,
     grace_s: int = 10,
     access_log: bool = False,
+    attention: KernelChoice = "auto",
     device: str = "cpu",
 ) -> None:
     """Serve a trained model over HTTP, as OpenAI's clients expect it; its tools answer its queries.
@@ -55,6 +57,8 @@ def serve(
         memory_mib: MiB of decoding state, at most.
         grace_s: seconds that answers under way get when the server is stopped.
         access_log: a line on stderr for each request.
+        attention: what runs attention: sdpa (torch's own, and C of ours), flex (FlexAttention), flash
+            (the package flash-attn, on CUDA), plain (the reference), or the one for the device (auto).
         device: where the model runs.
     """
     for option, value, least in (
@@ -82,7 +86,11 @@ def serve(
     from toolmem.serving.app import LOOPBACK
 
     run = load(
-        checkpoint, factbase=factbase, allow_other_factbase=allow_other_factbase, device=device
+        checkpoint,
+        factbase=factbase,
+        allow_other_factbase=allow_other_factbase,
+        attention=attention,
+        device=device,
     )
     run.prompt("")  # says so where the model takes no question
     sock = listen(host, port)

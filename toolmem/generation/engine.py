@@ -33,6 +33,7 @@ from toolmem.generation.speculative import Drafter
 from toolmem.generation.tree import Node
 from toolmem.models import kernels
 from toolmem.models.attention import Attention
+from toolmem.models.attention_kernels import own_kernels
 from toolmem.models.moe import MixtureOfExperts
 from toolmem.tools.dispatch import ToolCalls
 
@@ -59,7 +60,8 @@ class Engine:
         host_limit: bytes of it in host memory besides, of lanes that wait; beyond it goes to a file.
         spill_folder: where that file is; the system's folder for temporary files when None.
         prefix_sharing: let dialogues that begin alike read their beginning once.
-        invariant: results do not hang on the batch, bit for bit (float32; slower).
+        invariant: results do not hang on the batch, bit for bit (float32; slower). The model's kernel of
+            attention is chosen before.
         max_calls: tool calls under way at once.
         drafter: proposes tokens that the model checks several at a time, with the same results
             (``speculative.py``); not in invariant mode.
@@ -417,6 +419,8 @@ def _row_independent(model: LanguageModel) -> bool:
     """
     weight = model.embedding.weight
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or not kernels.available():
+        return False
+    if not own_kernels(model.attention_kernel):
         return False
     plain = all(
         type(mixer) is Attention and not mixer.window

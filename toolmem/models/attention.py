@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from toolmem.errors import ToolmemError
-from toolmem.models import flex
+from toolmem.models import flash, flex
+from toolmem.models.attention_kernels import Plain
 from toolmem.models.cache import AttentionCache, WindowCache
 from toolmem.models.context import Context
 from toolmem.models.flops import PairWork, attention_work, register_flops
@@ -21,7 +22,7 @@ from toolmem.models.layers import RMSNorm, ShortConvolution
 from toolmem.models.masks import causal_mask
 
 if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
+    from toolmem.models.attention_kernels import Mask
 
 
 def head_sizes(
@@ -107,24 +108,26 @@ class HeadMixing(nn.Module):
         self.softcap = softcap
 
     @register_flops(_attention_work)
-    def attend(
-        self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | BlockMask | None
-    ) -> Tensor:
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Mask) -> Tensor:
         """Weighted means of values.
 
         Args:
             queries: (b, h, s, d).
             keys: (b, k, n, d).
             values: (b, k, n, v).
-            mask: bool, broadcasting to (b, h, s, n); None for plain causal attention; FlexAttention's
-                where that is the kernel.
+            mask: bool, broadcasting to (b, h, s, n); None for plain causal attention; or in the form
+                of another kernel, which then it is (``Context.kernel_mask``).
 
         Returns:
             (b, h, s, v).
         """
+        n_heads = queries.shape[1]
+        if isinstance(mask, Plain):
+            return self.weights(queries, keys, mask.mask) @ repeated(values, n_heads)
+        if isinstance(mask, flash.Seen):
+            return flash.attend(queries, keys, values, mask, self.scale, self.softcap)
         if not (mask is None or isinstance(mask, Tensor)):
             return flex.attend(queries, keys, values, mask, self.scale, self.softcap)
-        n_heads = queries.shape[1]
         if self.softcap:
             return self.weights(queries, keys, mask) @ repeated(values, n_heads)
         # The flash kernel also for tiny heads: at (128, 2, 70, 16) forward and backward took 13 ms
@@ -140,8 +143,12 @@ class HeadMixing(nn.Module):
         )
 
     def weights(self, queries: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention's weights, written plainly, (b, h, s, n); arguments as ``attend``."""
-        return self.scores(queries, keys, mask).softmax(dim=-1)
+        """Attention's weights, written plainly, (b, h, s, n); arguments as ``attend``.
+
+        Padding that may look nowhere has none, as by ``scaled_dot_product_attention``.
+        """
+        weights = self.scores(queries, keys, mask).softmax(dim=-1)
+        return weights if mask is None else weights.masked_fill(~mask.any(-1, keepdim=True), 0)
 
     def scores(self, queries: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
         """What attention's softmax is given, (b, h, s, n), -inf where it may not look."""

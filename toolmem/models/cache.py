@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from toolmem.errors import ToolmemError
+from toolmem.models import flash
 from toolmem.models.masks import ring_mask
 
 if TYPE_CHECKING:
@@ -317,7 +318,8 @@ class AttentionCache(TokenState):
             keys, values = self.read("keys", context), self.read("values", context)
         else:  # the chunk is all there is
             keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-        return mixer.attend(queries.transpose(1, 2), keys, values, context.mask(mixer.window))
+        mask = context.kernel_mask(mixer.window)
+        return mixer.attend(queries.transpose(1, 2), keys, values, mask)
 
 
 class WindowCache(AttentionCache):
@@ -354,11 +356,19 @@ class WindowCache(AttentionCache):
     ) -> Tensor:
         """As ``AttentionCache.attend``: the window before the chunk, and the chunk itself."""
         positions, spans = context.positions, context.spans
+        queries = queries.transpose(1, 2)
         keys, values, key_positions, key_spans = self.take_in(
             keys, values, positions, context.counts, spans
         )
+        if context.kernel == "flash":
+            ring = key_positions[:, : -positions.shape[1]]
+            keys, values, before = flash.in_order(ring, positions, keys, values)
+            seen = context.kernel_mask(self.window)
+            assert isinstance(seen, flash.Seen)
+            seen = seen._replace(before=before, padded=False)
+            return mixer.attend(queries, keys, values, seen)
         mask = ring_mask(positions, key_positions, self.window, spans, key_spans)
-        return mixer.attend(queries.transpose(1, 2), keys, values, mask)
+        return mixer.attend(queries, keys, values, context.mask_in_form(mask))
 
     def take_in(
         self,

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from toolmem.models import flex
+from toolmem.models import flash, flex
+from toolmem.models.attention_kernels import Plain, kernel_for
+from toolmem.models.kernel_choice import Kernel, KernelChoice
 from toolmem.models.masks import attention_mask, tree_mask
 
 if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
+    from toolmem.models.attention_kernels import Mask
 
 
 @dataclass
@@ -54,8 +56,7 @@ class Context:
             for tokens that follow each other.
         extras: where terms of the loss and figures go; None when nobody wants them.
         shared: what an earlier layer leaves for later ones, by name.
-        kernel: what runs attention that is not plainly causal, over whole rows: torch's own
-            (``sdpa``, with a materialised mask) or FlexAttention (``flex``).
+        kernel: what runs attention (``attention_kernels.py``).
     """
 
     positions: Tensor
@@ -69,9 +70,9 @@ class Context:
     tree: tuple[Tensor, Tensor] | None = None
     extras: Extras | None = None
     shared: dict[str, Tensor] = field(default_factory=dict)
-    kernel: flex.Kernel = "sdpa"
+    kernel: KernelChoice = "auto"
     masks: dict[int, Tensor | None] = field(default_factory=dict)
-    block_masks: dict[int, BlockMask] = field(default_factory=dict)
+    kernel_masks: dict[int, Mask] = field(default_factory=dict)
 
     def mask(self, window: int = 0) -> Tensor | None:
         """Which keys each token attends to; None for plain causal attention.
@@ -97,14 +98,50 @@ class Context:
             )
         return self.masks[window]
 
-    def kernel_mask(self, window: int = 0) -> Tensor | BlockMask | None:
+    def kernel_mask(self, window: int = 0) -> Mask:
         """``mask``, in the form that the attention kernel of this pass takes."""
-        row = self.positions.shape[-1]
-        plain = self.documents is None and self.spans is None and not 0 < window < row
-        if self.kernel == "sdpa" or self.n_keys or plain:
+        row, whole = self.positions.shape[-1], self.slots is None
+        masked = whole and not (
+            self.documents is None and self.spans is None and not 0 < window < row
+        )
+        kernel = kernel_for(self.kernel, self.positions.device, row, masked)
+        if kernel == "sdpa":
             return self.mask(window)
-        if window not in self.block_masks:
-            self.block_masks[window] = flex.block_mask(
-                row, self.positions.device, self.documents, self.spans, window
-            )
-        return self.block_masks[window]
+        if window not in self.kernel_masks:
+            self.kernel_masks[window] = self._mask_for(kernel, window)
+        return self.kernel_masks[window]
+
+    def _mask_for(self, kernel: Kernel, window: int) -> Mask:
+        if kernel == "flash":
+            return self._seen(window)
+        if kernel == "plain":
+            return Plain(self.mask(window))
+        mask = None if self.slots is None else self.mask(window)
+        if mask is not None:  # with a cache: not larger than what the rule would be worked out to
+            return flex.from_mask(mask)
+        row, device = self.positions.shape[-1], self.positions.device
+        return flex.block_mask(row, device, self.documents, self.spans, window)
+
+    def _seen(self, window: int) -> flash.Seen:
+        if self.spans is not None:
+            raise flash.cannot("masks that look both ways (attention_mask: prefix)")
+        if self.tree is not None:
+            raise flash.cannot("trees of drafts")
+        if self.documents is not None:
+            return flash.Seen(window, starts=flash.document_starts(self.documents))
+        if not self.n_keys:
+            return flash.Seen(window)
+        return flash.Seen(window, self.positions[:, 0], self.counts is not None)
+
+    def mask_in_form(self, mask: Tensor) -> Mask:
+        """A mask of a layer's own, in the form that the attention kernel of this pass takes.
+
+        Args:
+            mask: bool, (b, 1, s, keys).
+        """
+        kernel = kernel_for(self.kernel, mask.device, mask.shape[-2], masked=False)
+        if kernel == "flash":
+            raise flash.cannot("such masks")
+        if kernel == "plain":
+            return Plain(mask)
+        return mask if kernel == "sdpa" else flex.from_mask(mask)

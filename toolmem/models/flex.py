@@ -10,32 +10,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
-
-Kernel = Literal["sdpa", "flex"]
-KernelChoice = Literal["auto", "sdpa", "flex"]
-
-# Below this a row has few blocks to leave out, and the kernel would be compiled for nothing.
-SHORTEST_ROW = 512
-
-
-def kernel_for(choice: KernelChoice, device: torch.device, seq: int) -> Kernel:
-    """The kernel of masked attention over whole rows.
-
-    Args:
-        choice: ``auto`` takes FlexAttention on CUDA for rows of ``SHORTEST_ROW`` tokens and more.
-        device: where the model is.
-        seq: tokens in a row.
-    """
-    if choice != "auto":
-        return choice
-    return "flex" if device.type == "cuda" and seq >= SHORTEST_ROW else "sdpa"
 
 
 def mask_rule(
@@ -85,6 +66,29 @@ def block_mask(
     )
 
 
+def from_mask(mask: Tensor) -> BlockMask:
+    """FlexAttention's mask that says what a materialised one says.
+
+    Args:
+        mask: bool, (queries, keys) or (batch, 1, queries, keys).
+    """
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    rows = mask.reshape(-1, *mask.shape[-2:])
+
+    def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return rows[row, query, key]
+
+    return create_block_mask(
+        allowed,
+        B=len(rows) if len(rows) > 1 else None,
+        H=None,
+        Q_LEN=rows.shape[1],
+        KV_LEN=rows.shape[2],
+        device=mask.device,
+    )
+
+
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
@@ -100,9 +104,9 @@ def attend(
 
     Args:
         queries: (b, h, s, d).
-        keys: (b, k, s, d), each of the k heads for h / k query heads.
-        values: (b, k, s, v).
-        mask: of ``block_mask``.
+        keys: (b, k, n, d), each of the k heads for h / k query heads.
+        values: (b, k, n, v).
+        mask: of ``block_mask`` or ``from_mask``.
         scale: what products of queries and keys are multiplied by.
         softcap: bound them to (-softcap, softcap) by a tanh; 0 for none.
     """

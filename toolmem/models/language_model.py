@@ -28,11 +28,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from toolmem.errors import ToolmemError
-from toolmem.models import flex, mup
+from toolmem.models import mup
 from toolmem.models.attention import rotary_tables
+from toolmem.models.attention_kernels import check_choice
 from toolmem.models.cache import Cache
 from toolmem.models.context import Context, Extras
 from toolmem.models.initialization import initialize
+from toolmem.models.kernel_choice import KernelChoice
 from toolmem.models.layers import RMSNorm
 from toolmem.models.masks import document_positions
 from toolmem.models.multi_token import TokensAhead
@@ -86,8 +88,7 @@ class LanguageModel(nn.Module):
     """
 
     init_args: dict[str, Any]
-    # What runs masked attention is a matter of the machine, not of the model: set from outside.
-    attention_kernel: flex.KernelChoice = "auto"
+    attention_kernel: KernelChoice = "auto"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -244,6 +245,19 @@ class LanguageModel(nn.Module):
             )
         )
 
+    def use_attention(self, kernel: KernelChoice) -> None:
+        """Choose what runs attention: training, decoding and pages alike (``attention_kernels.py``).
+
+        Args:
+            kernel: ``auto``, ``sdpa``, ``flex`` (FlexAttention), ``flash`` (flash-attn) or ``plain``
+                (the reference).
+
+        Raises:
+            ToolmemError: for one that is not installed, or cannot run this model.
+        """
+        check_choice(kernel, self)
+        self.attention_kernel = kernel
+
     def after_optimizer_step(self, reduce: Callable[[Tensor], Tensor]) -> None:
         """Let the modules that want to do something once a step of training do it.
 
@@ -332,7 +346,7 @@ class LanguageModel(nn.Module):
         """The context of whole rows."""
         seq = tokens.shape[1]
         self._check_length(seq)
-        kernel = flex.kernel_for(self.attention_kernel, tokens.device, seq)
+        kernel = self.attention_kernel
         if documents is None:
             index = torch.arange(seq, device=tokens.device)
             context = Context(index, spans=spans, kernel=kernel)
@@ -373,7 +387,14 @@ class LanguageModel(nn.Module):
             if counts is not None:
                 spans = torch.where(index < counts[:, None], spans, -1)
             key_spans = cache.key_spans(slots, spans)
-        context = Context(positions, counts=counts, slots=slots, spans=spans, key_spans=key_spans)
+        context = Context(
+            positions,
+            counts=counts,
+            slots=slots,
+            spans=spans,
+            key_spans=key_spans,
+            kernel=self.attention_kernel,
+        )
         if cache.longest or tree is not None:
             context.n_keys = (
                 longest  # else the chunk is all there is, and plain causal attention serves

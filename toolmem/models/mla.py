@@ -14,6 +14,7 @@ costs rank + rope_dim numbers a layer, where grouped heads cost 2 n_kv_heads hea
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ from toolmem.models.attention import HeadMixing, head_sizes, rotate
 from toolmem.models.cache import TokenState
 from toolmem.models.context import Context
 from toolmem.models.layers import RMSNorm, ShortConvolution
+
+if TYPE_CHECKING:
+    from toolmem.models.attention_kernels import Mask
 
 
 def rope_width(head_dim: int, rope_dim: int | None) -> int:
@@ -184,7 +188,7 @@ class LatentAttention(HeadMixing):
             cache.write(context, latents=kept)
         if cache is not None and context.n_keys:
             kept = cache.read("latents", context).to(queries.dtype)
-            return self.absorbed(queries, kept, context.mask(self.window))
+            return self.absorbed(queries, kept, context.kernel_mask(self.window))
         keys, values = self.expanded(kept)
         y = self.attend(
             queries.transpose(1, 2),
@@ -194,13 +198,13 @@ class LatentAttention(HeadMixing):
         )
         return self.out(y.transpose(1, 2).flatten(2))
 
-    def absorbed(self, queries: Tensor, kept: Tensor, mask: Tensor | None) -> Tensor:
+    def absorbed(self, queries: Tensor, kept: Tensor, mask: Mask) -> Tensor:
         """The same without making keys or values: one shared head, of which each value is the latent.
 
         Args:
             queries: (b, s, h, head_dim + rope_dim).
             kept: (b, n, kv_rank + rope_dim).
-            mask: bool, broadcasting to (b, h, s, n); None for plain causal attention.
+            mask: as of ``attend``.
 
         Returns:
             (b, s, dim).

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from toolmem.errors import ToolmemError
 from toolmem.models import kernels
+from toolmem.models.attention_kernels import own_kernels
 from toolmem.models.cache import AttentionCache, Cache, LaneState, TokenState
 
 if TYPE_CHECKING:
@@ -107,10 +108,11 @@ class PagedAttention(PagedTokens, AttentionCache):
         self, mixer: Attention, queries: Tensor, keys: Tensor, values: Tensor, context: Context
     ) -> Tensor:
         """As ``AttentionCache.attend``; each lane works over its own pages, none over padding."""
-        plain = context.tree is None and context.spans is None
+        own = own_kernels(context.kernel)
+        plain = own and context.tree is None and context.spans is None
         if queries.shape[1] <= FEW_TOKENS and plain and kernels.usable(queries, self.keys):
             return self._by_kernel(mixer, queries, keys, values, context)
-        if not context.n_keys or len(self.tables.groups) == 1:
+        if not own or not context.n_keys or len(self.tables.groups) == 1:
             return super().attend(mixer, queries, keys, values, context)
         self.write(context, keys=keys, values=values)
         queries, mask = queries.transpose(1, 2), context.mask(mixer.window)

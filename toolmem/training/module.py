@@ -30,7 +30,7 @@ from toolmem.data.batch import Batch
 from toolmem.errors import ToolmemError
 from toolmem.models import LanguageModel
 from toolmem.models.context import Extras
-from toolmem.models.flex import KernelChoice
+from toolmem.models.kernel_choice import KernelChoice
 from toolmem.training import compatibility
 from toolmem.training.initial_weights import load_initial_weights
 from toolmem.training.metrics import (
@@ -59,8 +59,9 @@ class LanguageModelModule(pl.LightningModule):
             seconds at the first step, so it pays in long runs only.
         z_loss: weight of the squared log of the softmax's denominator at each loss-bearing token
             (PaLM's 1e-4, arXiv 2204.02311), which keeps logits from drifting; 0 for none.
-        attention_kernel: what runs masked attention over whole rows: ``sdpa``, ``flex``
-            (FlexAttention), or by device and length (``auto``).
+        attention_kernel: what runs attention: ``sdpa`` (torch's own), ``flex`` (FlexAttention),
+            ``flash`` (the package flash-attn, on CUDA), ``plain`` (the reference), or the one for the
+            device and the length (``auto``).
         init_from: a run's folder, or a checkpoint, whose weights training starts from; None for first
             weights. A run that goes on (``--resume``) has weights of its own.
     """
@@ -80,7 +81,7 @@ class LanguageModelModule(pl.LightningModule):
             raise ToolmemError(f"model.z_loss is {z_loss}: it must be 0 (off) or more")
         self.z_loss = z_loss
         self.init_from = init_from
-        model.attention_kernel = attention_kernel
+        model.use_attention(attention_kernel)
         self.model = model
         self.optimizer_config = optimizer
         self.schedule = schedule
