@@ -101,6 +101,48 @@ def test_weights_that_have_moved_are_found():
         )
 
 
+@torch.no_grad()
+def test_another_last_norm_is_the_models_own():
+    model = model_of()
+    model.norm = nn.LayerNorm(40)
+    pager, fused = decoder(model)
+    rows = np.array([pager.activate(pager.new())])
+    pager.prepare(rows, np.array([1]))
+    hidden = fused.step(np.array([7]), pager.pages[rows, :1], pager.lengths[rows], None)
+    torch.testing.assert_close(hidden, model.hidden(torch.tensor([[7]]))[0], atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_convolutions_go_back_to_where_a_draft_was_right():
+    model = model_of(conv_width=4)
+    pager, fused = decoder(model)
+    rows = np.array([pager.activate(pager.new()) for _ in range(2)])
+    text = np.random.default_rng(0).integers(0, 50, (2, 12))
+
+    def read(chunk, kept=None):
+        n = chunk.shape[1]
+        pager.prepare(rows, np.array([n, n]))
+        own = np.repeat(rows, n)
+        lengths = np.repeat(pager.lengths[rows], n) + np.tile(np.arange(n), 2)
+        places = pager.slots[own]
+        hidden = fused.step(chunk.reshape(-1), pager.pages[own, :-1], lengths, places, kept)
+        pager.lengths[rows] += n
+        return hidden.view(2, n, -1)
+
+    read(text[:, :2])
+    wrong = text[:, 2:9].copy()
+    wrong[0, 3:], wrong[1, 1:] = 49, 49
+    kept = fused.room_to_keep(14)
+    read(wrong, kept)
+    for row, right in zip(rows, (3, 1), strict=True):
+        fused.go_back(int(pager.slots[row]), kept, 7 * int(row == rows[1]) + right - 1)
+        pager.lengths[row] = 2 + right
+    hidden = read(np.stack((text[0, 5:8], text[1, 3:6])))
+    for lane, stop in ((0, 8), (1, 6)):
+        whole = model.hidden(torch.from_numpy(text[lane : lane + 1, :stop]))[0, -3:]
+        torch.testing.assert_close(hidden[lane], whole, atol=2e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     "options",
     [

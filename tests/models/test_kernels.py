@@ -3,6 +3,7 @@ in their place where there are none."""
 
 import copy
 import logging
+import math
 import multiprocessing
 import shutil
 import subprocess
@@ -189,6 +190,25 @@ def test_paged_attention_takes_views_of_one_projection():
     together = torch.cat(batch[:3], dim=1)
     views = [together[:, :h], together[:, h : h + k], together[:, h + k :]]
     assert torch.equal(kernels.paged_attention(*views, *batch[3:], 0.25), want)
+
+
+@pytest.mark.parametrize("vocab", [1, 3, 16, 260, 5000])
+def test_the_likeliest_token_and_its_log_probability(vocab):
+    generator = torch.Generator().manual_seed(0)
+    logits = 10 * torch.randn(33, vocab, generator=generator)
+    logits[1] = -math.inf
+    logits[1, vocab // 2] = 3.0
+    logits[2] = 0.0  # all alike: the first
+    logits[3] *= 1e4
+    tokens, log_probs = functions.likeliest(logits)
+    exact = logits.double().log_softmax(-1)
+    assert tokens.tolist() == exact.argmax(-1).tolist() and tokens[2] == 0
+    wanted = exact.gather(1, torch.from_numpy(tokens)[:, None])[:, 0]
+    torch.testing.assert_close(torch.from_numpy(log_probs).double(), wanted, atol=2e-6, rtol=1e-6)
+    strided = torch.randn(4, 2 * vocab, generator=generator)[:, ::2]
+    assert functions.likeliest(strided)[0].tolist() == strided.argmax(-1).tolist()
+    logits[5, 0] = math.nan
+    assert math.isnan(functions.likeliest(logits)[1][5]), "not a number stays one"
 
 
 def test_scores_far_apart_and_not_a_number():

@@ -59,6 +59,9 @@ class Lane:
         self.hidden: Tensor | None = None  # (dim,), what the head is to read, where that is known
         self.draft: Draft | None = None  # being checked in this step
         self.before: tuple[int, list[Tensor]] | None = None  # its state of one size, without them
+        self.kept: tuple[Tensor, int] | None = (
+            None  # or that behind every row, and its last certain row
+        )
         self.drafted: tuple[float, float] | None = None  # tokens right, of tokens tried, fading
         self.draft_pause = 0  # passes for which drafts would not have paid
         self.features: Tensor | None = None  # (window, dim), what the head read last, for drafters
@@ -172,6 +175,26 @@ class Lanes:
         self.written[lanes] += 1
         new_turn = lanes[tokens == self.tokenizer.role_ids["assistant"]]
         self.turn_start[new_turn] = self.length[new_turn]
+
+    def write_many(self, lane: Lane, tokens: np.ndarray, log_probs: np.ndarray) -> None:
+        """Add tokens that the model wrote to one lane.
+
+        Args:
+            lane: any.
+            tokens: (n,) int64.
+            log_probs: (n,) in nats.
+        """
+        i, start = lane.index, int(self.length[lane.index])
+        stop = start + len(tokens)
+        self.reserve(stop)
+        self.tokens[i, start:stop] = tokens
+        self.roles[i, start:stop] = ASSISTANT
+        self.log_probs[i, start:stop] = log_probs
+        self.length[i] = stop
+        self.written[i] += len(tokens)
+        turns = np.flatnonzero(tokens == self.tokenizer.role_ids["assistant"])
+        if len(turns):
+            self.turn_start[i] = start + turns[-1] + 1
 
     def force(self, lane: Lane, tokens: Sequence[int]) -> None:
         """Add what a tool answered, and the ``<|assistant|>`` behind it."""

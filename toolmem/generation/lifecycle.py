@@ -331,7 +331,7 @@ class Lifecycle:
         return True
 
     def _deactivate(self, lane: Lane) -> None:
-        lane.draft = lane.before = None
+        lane.draft = lane.before = lane.kept = None
         row, i = int(self.lanes.row[lane.index]), lane.index
         # it may have stopped within what was accepted
         self.pager.lengths[row] = min(self.pager.lengths[row], self.lanes.length[i])

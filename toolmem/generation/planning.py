@@ -94,6 +94,8 @@ def budgeted(waiting: np.ndarray, budget: int, whole: bool) -> np.ndarray:
         (n,) int64, 0 for lanes that have to wait.
     """
     long = waiting > 1
+    if not long.any():
+        return waiting
     left = max(budget - int((~long).sum()), 1)
     before = np.cumsum(np.where(long, waiting, 0)) - waiting
     counts = np.where(long, np.clip(left - before, 0, waiting), waiting)

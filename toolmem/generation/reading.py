@@ -159,8 +159,6 @@ class Reading(Lifecycle):
             run_rows = np.concatenate((np.full(padding, -1), rows))
             run_counts = np.ones(self._tile, dtype=np.int64)
             chunk = np.concatenate((np.zeros((padding, 1), dtype=np.int64), chunk))
-        if drafting:
-            self._keep_states(drafting)
         drafts = np.zeros(len(objects), dtype=np.int64)
         if drafting:
             drafts[:] = [len(lane.draft.tokens) if lane.draft else 0 for lane in objects]
@@ -168,11 +166,20 @@ class Reading(Lifecycle):
         done = np.flatnonzero(fed + certain == lanes.length[index])
         ready, own = [objects[i] for i in done.tolist()], 1 + drafts[done]
         if self.fused is not None and self._by_fused(counts, drafting):
-            hidden = self._decode(rows, chunk, counts, fed)
+            kept = (
+                self.fused.room_to_keep(int(counts.sum())) if drafting and self.fused.conv else None
+            )
+            hidden = self._decode(rows, chunk, counts, fed, kept)
             last = np.cumsum(counts)[done] - 1
+            if kept is not None:
+                for lane, row in zip(ready, (last - drafts[done]).tolist(), strict=True):
+                    if lane.draft is not None:
+                        lane.kept = kept, row
             states = hidden[torch.from_numpy(_ranges(last - drafts[done], own))]
             self._has_read(rows, fed, counts, certain)
             return self._with_followers(Read(ready, own.tolist(), states))
+        if drafting:
+            self._keep_states(drafting)
         hidden = self.model.hidden(
             torch.from_numpy(chunk).to(self.device),
             cache=pager.cache(run_rows, run_counts),
@@ -202,7 +209,12 @@ class Reading(Lifecycle):
         return chains and int(counts.sum()) <= most and int(counts.max()) <= FUSED_TOKENS
 
     def _decode(
-        self, rows: np.ndarray, chunk: np.ndarray, counts: np.ndarray, fed: np.ndarray
+        self,
+        rows: np.ndarray,
+        chunk: np.ndarray,
+        counts: np.ndarray,
+        fed: np.ndarray,
+        kept: Tensor | None,
     ) -> Tensor:
         """Each token as a row of its own: what the head reads there, (tokens, dim)."""
         assert self.fused is not None
@@ -212,7 +224,7 @@ class Reading(Lifecycle):
         most = int(-(-(fed + counts).max() // pager.page_size))
         slots = pager.slots[rows[own]] if self.fused.conv else None
         return self.fused.step(
-            chunk[own, column], pager.pages[rows[own], :most], fed[own] + column, slots
+            chunk[own, column], pager.pages[rows[own], :most], fed[own] + column, slots, kept
         )
 
     def _keep_states(self, lanes: list[Lane]) -> None:

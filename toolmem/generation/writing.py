@@ -12,12 +12,13 @@ from torch import Tensor
 
 from toolmem.generation.lanes import Lane
 from toolmem.generation.reading import Read, Reading
-from toolmem.generation.sampling import History, choose
+from toolmem.generation.sampling import Greedy, History, choose
 from toolmem.generation.speculative import (
     Draft,
     depths,
     follow,
 )
+from toolmem.models.kernels.functions import likeliest
 from toolmem.tools.base import extract_query
 
 if TYPE_CHECKING:
@@ -50,6 +51,15 @@ class Writing(Reading):
             for lane, path in zip(lanes, accepted, strict=True):
                 new = hidden[torch.tensor(path[1:], dtype=torch.int64, device=hidden.device)]
                 self._add_features(lane, new, lane.featured + len(new))
+        for at, path in enumerate(accepted):
+            # Drafts hold no end of a turn but at their own: what is before it needs no looking at,
+            # where nothing else could stop a lane.
+            if len(path) > 1 and not self.lanes.stops[index[at]]:
+                many = np.array(path[:-1])
+                self.lanes.used(index[at], len(many))
+                self.lanes.write_many(lanes[at], tokens[many], log_probs[many])
+                self.counts.tokens_sampled += len(many)
+                del path[:-1]
         longest = max(len(path) for path in accepted)
         for depth in range(longest):
             some = [at for at, path in enumerate(accepted) if len(path) > depth]
@@ -91,6 +101,13 @@ class Writing(Reading):
         """Leave in a lane's state what it goes along, and only that."""
         row, length = int(self.lanes.row[lane.index]), int(self.lanes.length[lane.index])
         lane_rows = np.array([row])
+        kept, lane.kept = lane.kept, None
+        if kept is not None:
+            assert self.fused is not None
+            if len(path) < len(draft.tokens):
+                self.fused.go_back(int(self.pager.slots[row]), kept[0], kept[1] + len(path))
+            self.pager.lengths[row] = length + len(path)
+            return
         if self.pager.bytes_each["slot"]:
             before, lane.before = lane.before, None
             assert before is not None
@@ -147,13 +164,16 @@ class Writing(Reading):
         Returns:
             tokens, and the model's own log-probability of each, (sum of rows,).
         """
-        samplers = [self.lanes.samplers[number] for number in np.unique(self.lanes.sampler[index])]
+        numbers = set(self.lanes.sampler[index].tolist())
+        samplers = [self.lanes.samplers[number] for number in numbers]
+        if all(type(sampler) is Greedy for sampler in samplers):
+            return likeliest(logits)
         deep = [depths(lane.draft) if lane.draft else [] for lane in lanes]
         uniform = histories = None
         if any(sampler.random for sampler in samplers):
-            numbers = self.lanes.numbers(lanes, max((max(d) for d in deep if d), default=0))
+            drawn = self.lanes.numbers(lanes, max((max(d) for d in deep if d), default=0))
             depth = np.concatenate([[0, *d] for d in deep])
-            uniform = torch.from_numpy(numbers[np.repeat(np.arange(len(lanes)), rows), depth])
+            uniform = torch.from_numpy(drawn[np.repeat(np.arange(len(lanes)), rows), depth])
         if any(getattr(sampler, "needs_history", False) for sampler in samplers):
             histories = [history for lane in lanes for history in self._histories(lane)]
         each = samplers[0]

@@ -33,7 +33,7 @@ POINTERS = (
 )  # fmt: skip
 SIZES = (
     "layers", "dim", "heads", "kv_heads", "head_dim", "rotary_dim", "hidden", "kind", "conv_width",
-    "page_size", "pages", "slots", "threads",
+    "page_size", "pages", "slots", "threads", "vocab",
 )  # fmt: skip
 
 
@@ -42,6 +42,13 @@ class _Layer(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in POINTERS),
         *((name, ctypes.c_float) for name in ("mixer_eps", "feed_eps", "scale", "softcap")),
         ("rope", ctypes.c_long),
+    ]
+
+
+class _Ends(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("embedding", "norm")),
+        *((name, ctypes.c_float) for name in ("scale", "eps")),
     ]
 
 
@@ -143,11 +150,15 @@ class FusedDecoder:
         slots = len(self._tails[0]) if width else 0
         self.shape = _Shape(
             len(model.blocks), model.dim, h, k, d, rotary, hidden, kind, width,
-            state.page_size, len(self._keys[0]), slots, 1,
+            state.page_size, len(self._keys[0]), slots, 1, model.vocab_size,
         )  # fmt: skip
         self.room = model.dim + 2 * max((h + 2 * k) * d, (2 if kind == 0 else 1) * hidden)
         self.layers = (_Layer * len(model.blocks))()
-        self._addresses: list[int] = []
+        self.ends = _Ends()
+        self._places: list[tuple[dict[str, nn.Parameter | None], str, object]] = []
+        self._weights: list[Tensor | None] = []
+        self._addresses: list[int] | None = None
+        self._embeds = self._norms = False  # whether the C code embeds, and norms at the end
 
     @classmethod
     def of(cls, model: LanguageModel, state: PagedState) -> FusedDecoder | None:
@@ -171,24 +182,42 @@ class FusedDecoder:
 
     def _refresh(self) -> None:
         """Find the weights where they are now."""
-        tensors = [t for parts in self.parts for t in parts.weights()]
-        addresses = [0 if t is None else t.data_ptr() for t in tensors]
-        if addresses == self._addresses:
+        if [0 if t is None else t.data_ptr() for t in self._weights] == self._addresses and all(
+            owner[name] is kept for owner, name, kept in self._places
+        ):
             return
+        model, blocks = self.model, [t for parts in self.parts for t in parts.weights()]
+        # Parameters may be exchanged for others: where each is kept in its module is looked at too.
+        self._places = [
+            (module._parameters, name, parameter)
+            for module in model.modules()
+            for name, parameter in module._parameters.items()
+        ]
+        simple = model.position_embedding is None and model.embedding_norm is None
+        self._embeds = simple
+        norm = model.norm if type(model.norm) is RMSNorm else None
+        self._norms = norm is not None
+        self._weights = [*blocks, model.embedding.weight, norm.weight if norm is not None else None]
         if any(
-            t is not None and not (t.is_contiguous() and t.dtype == torch.float32) for t in tensors
+            t is not None and not (t.is_contiguous() and t.dtype == torch.float32)
+            for t in self._weights
         ):
             raise ToolmemError("the engine's model has changed its dtype: make a new Engine")
-        n = len(tensors) // len(self.parts)
+        self._addresses = [0 if t is None else t.data_ptr() for t in self._weights]
+        n = len(blocks) // len(self.parts)
         for i, (layer, parts) in enumerate(zip(self.layers, self.parts, strict=True)):
-            for name, address in zip(POINTERS, addresses[i * n : (i + 1) * n], strict=False):
+            here = self._addresses[i * n : (i + 1) * n]
+            for name, address in zip(POINTERS, here, strict=False):
                 setattr(layer, name, address or None)
             layer.keys, layer.values = self._keys[i].data_ptr(), self._values[i].data_ptr()
             layer.tail = self._tails[i].data_ptr() if self._tails else None
             layer.mixer_eps, layer.feed_eps = parts.mixer_norm.eps, parts.feed_norm.eps
             layer.scale, layer.softcap = parts.mixer.scale, parts.mixer.softcap
-            layer.rope = parts.mixer.rope and self.model.rotary
-        self._addresses = addresses
+            layer.rope = parts.mixer.rope and model.rotary
+        self.ends.embedding = self._addresses[-2] if simple else None
+        self.ends.scale = model.scale
+        self.ends.norm = self._addresses[-1] or None
+        self.ends.eps = norm.eps if norm is not None else 0.0
 
     @torch.no_grad()
     def step(
@@ -197,6 +226,7 @@ class FusedDecoder:
         pages: np.ndarray,
         lengths: np.ndarray,
         slots: np.ndarray | None,
+        kept: Tensor | None = None,
     ) -> Tensor:
         """Read one token a row, and what the head reads there.
 
@@ -205,6 +235,7 @@ class FusedDecoder:
             pages: (n, most) int64, of each row's lane.
             lengths: (n,) int64, tokens of the lane before this one. Rows of one lane stand in order.
             slots: (n,) int64, where the lanes' convolutions keep their inputs; None without them.
+            kept: of ``room_to_keep``, for ``go_back``; None where no row will be taken back.
 
         Returns:
             (n, dim) float32.
@@ -212,14 +243,17 @@ class FusedDecoder:
         model, built = self.model, library()
         assert built is not None
         self._refresh()
-        index = torch.from_numpy(lengths)
-        x = model.embed(torch.from_numpy(tokens))
-        if model.position_embedding is not None:
-            x = x + model.position_embedding(index)
-        if model.embedding_norm is not None:
-            x = model.embedding_norm(x)
-        x = x.contiguous()
         n = len(tokens)
+        tokens = np.ascontiguousarray(tokens, dtype=np.int64)
+        if self._embeds:
+            x = torch.empty(n, model.dim)
+        else:
+            x = model.embed(torch.from_numpy(tokens))
+            if model.position_embedding is not None:
+                x = x + model.position_embedding(torch.from_numpy(lengths))
+            if model.embedding_norm is not None:
+                x = model.embedding_norm(x)
+            x = x.contiguous()
         room = torch.empty(n * self.room)
         tables = np.ascontiguousarray(pages, dtype=np.int32)
         before = np.ascontiguousarray(lengths, dtype=np.int32)
@@ -228,6 +262,8 @@ class FusedDecoder:
         failed = built.decode_blocks(
             ctypes.byref(self.shape),
             self.layers,
+            ctypes.byref(self.ends),
+            tokens.ctypes.data,
             x.data_ptr(),
             n,
             model.rotary_cos.data_ptr() if model.rotary else None,
@@ -237,8 +273,25 @@ class FusedDecoder:
             before.ctypes.data,
             None if places is None else places.ctypes.data,
             room.data_ptr(),
+            None if kept is None else kept.data_ptr(),
         )
         if failed == 1:
             raise MemoryError("attention over pages found no memory for its scores")
+        assert failed != 3, "a token that is not in the vocabulary"
         assert not failed, "a lane's table names a page that there is not"
-        return model.norm(x)
+        return x if self._norms else model.norm(x)
+
+    def room_to_keep(self, rows: int) -> Tensor:
+        """Room for what a step leaves behind each of its rows: (layers, rows, conv_width - 1, channels)."""
+        return torch.empty(len(self._tails), rows, *self._tails[0].shape[1:])
+
+    def go_back(self, slot: int, kept: Tensor, row: int) -> None:
+        """Leave a lane's convolutions as they were behind a row.
+
+        Args:
+            slot: the lane's.
+            kept: of the step.
+            row: of the step, the lane's last that is not taken back.
+        """
+        for tail, layer in zip(self._tails, kept, strict=True):
+            tail[slot] = layer[row]

@@ -123,10 +123,14 @@ def _declare(built: ctypes.CDLL) -> ctypes.CDLL:
     )
     built.paged_attention.argtypes = arguments
     built.paged_attention.restype = whole
-    # shape, layers, x, rows, cosines, sines, tables, their columns, lengths, slots, room
-    whole_model: list[Any] = [pointer] * 3 + [long] + [pointer] * 3 + [long] + [pointer] * 3
+    # shape, layers, ends, tokens, x, rows, cosines, sines, tables, their columns, lengths, slots, room,
+    # kept
+    whole_model: list[Any] = [pointer] * 5 + [long] + [pointer] * 3 + [long] + [pointer] * 4
     built.decode_blocks.argtypes = whole_model
     built.decode_blocks.restype = whole
+    # logits, rows, vocabulary, tokens, log-probabilities
+    built.likeliest.argtypes = [pointer, long, long, pointer, pointer]
+    built.likeliest.restype = None
     built.read_all.argtypes = [pointer, long]
     built.read_all.restype = real
     return built

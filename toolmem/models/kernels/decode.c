@@ -12,9 +12,15 @@ typedef struct {
     long rope;
 } layer_of;
 
+/* What stands before the blocks and behind them; NULL where the caller sees to it. */
+typedef struct {
+    const float *embedding, *norm;
+    float scale, eps;
+} ends_of;
+
 typedef struct {
     long layers, dim, heads, kv_heads, head_dim, rotary_dim, hidden, kind, conv_width;
-    long page_size, pages, slots, threads;
+    long page_size, pages, slots, threads, vocab;
 } shape_of;
 
 static void rms_norm(const float *x, const float *w, float eps, long n, long dim, float *y) {
@@ -64,15 +70,26 @@ static void activate(const float *u, long hidden, long kind, float *y) {
     }
 }
 
-/* A short convolution of one token of a lane, whose earlier inputs are in `tail`, the newest last. */
-static void convolve(float *x, float *tail, const float *taps, long width, long channels) {
-    for (long c = 0; c < channels; c++) {
+/* A short convolution of one token of a lane, whose earlier inputs are in `tail`, the newest last; where
+ * `kept` is not NULL, what `tail` is behind it is noted there. */
+static void convolve(float *x, float *tail, const float *taps, long width, long channels, float *kept) {
+    long c = 0;
+    for (; c + LANES <= channels; c += LANES) {
+        vec now = load(x + c), y = FMA(now, load(taps + c), now);
+        for (long j = 1; j < width; j++)
+            y = FMA(load(taps + j * channels + c), load(tail + (width - 1 - j) * channels + c), y);
+        store(x + c, y);
+        for (long j = 0; j + 2 < width; j++) store(tail + j * channels + c, load(tail + (j + 1) * channels + c));
+        if (width > 1) store(tail + (width - 2) * channels + c, now);
+    }
+    for (; c < channels; c++) {
         float now = x[c], y = now * (1.0f + taps[c]);
         for (long j = 1; j < width; j++) y += taps[j * channels + c] * tail[(width - 1 - j) * channels + c];
         x[c] = y;
         for (long j = 0; j + 2 < width; j++) tail[j * channels + c] = tail[(j + 1) * channels + c];
         if (width > 1) tail[(width - 2) * channels + c] = now;
     }
+    if (kept) memcpy(kept, tail, sizeof(float) * (width - 1) * channels);
 }
 
 static void rotate(float *head, const float *cosines, const float *sines, long width) {
@@ -84,13 +101,15 @@ static void rotate(float *head, const float *cosines, const float *sines, long w
     }
 }
 
-/* x (n, dim), in place. Row i is the token at lengths[i] of a lane whose pages are tables[i]; rows of one
+/* x (n, dim), in place; its rows are embedded here where `ends` has an embedding. Row i is the token at lengths[i] of a lane whose pages are tables[i]; rows of one
  * lane stand in the order of their tokens. `room` holds
- * n * (dim + both) numbers, `both` the widest input and output of a projection. Returns as
- * paged_attention does. */
-int decode_blocks(const shape_of *s, const layer_of *layers, float *x, long n, const float *cosines,
+ * n * (dim + both) numbers, `both` the widest input and output of a projection; `kept`, where it is not
+ * NULL, takes the convolutions' inputs behind every row: (layers, n, conv_width - 1, channels). Returns
+ * as paged_attention does, 3 for a token that there is not. */
+int decode_blocks(const shape_of *s, const layer_of *layers, const ends_of *ends, const int64_t *tokens,
+                  float *x, long n, const float *cosines,
                   const float *sines, const int32_t *tables, long table_step, const int32_t *lengths,
-                  const int64_t *slots, float *room) {
+                  const int64_t *slots, float *room, float *kept) {
     long h = s->heads, k = s->kv_heads, d = s->head_dim, channels = (h + 2 * k) * d;
     long up = s->kind == SWIGLU ? 2 * s->hidden : s->hidden, wide = channels > up ? channels : up;
     float *normed = room, *first = normed + n * s->dim, *second = first + n * wide;
@@ -102,6 +121,12 @@ int decode_blocks(const shape_of *s, const layer_of *layers, float *x, long n, c
         for (long p = 0; p <= page; p++)
             if (tables[i * table_step + p] < 0 || tables[i * table_step + p] >= s->pages) return 2;
     }
+    if (ends->embedding)
+        for (long i = 0; i < n; i++) {
+            if (tokens[i] < 0 || tokens[i] >= s->vocab) return 3;
+            for (long c = 0; c < s->dim; c++)
+                x[i * s->dim + c] = ends->embedding[tokens[i] * s->dim + c] * ends->scale;
+        }
     for (const layer_of *l = layers; l < layers + s->layers; l++) {
         rms_norm(x, l->mixer_norm, l->mixer_eps, n, s->dim, normed);
         linear(normed, n, l->qkv, 0, channels, s->dim, l->qkv_bias, first, threads);
@@ -109,7 +134,7 @@ int decode_blocks(const shape_of *s, const layer_of *layers, float *x, long n, c
             float *row = first + i * channels;
             if (l->taps)
                 convolve(row, l->tail + slots[i] * (s->conv_width - 1) * channels, l->taps, s->conv_width,
-                         channels);
+                         channels, kept ? kept + ((l - layers) * n + i) * (s->conv_width - 1) * channels : NULL);
             if (l->rope)
                 for (long head = 0; head < h + k; head++)
                     rotate(row + head * d, cosines + lengths[i] * s->rotary_dim,
@@ -135,5 +160,33 @@ int decode_blocks(const shape_of *s, const layer_of *layers, float *x, long n, c
         linear(second, n, l->down, 0, s->dim, s->hidden, l->down_bias, normed, threads);
         add(x, normed, n * s->dim);
     }
+    if (ends->norm) rms_norm(x, ends->norm, ends->eps, n, s->dim, x);
     return 0;
+}
+
+/* The likeliest token of each row of logits (n, vocab), the first of a tie, and its log-probability. */
+void likeliest(const float *logits, long n, long vocab, int64_t *tokens, float *log_probs) {
+    typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+    for (long i = 0; i < n; i++, logits += vocab) {
+        vec most = (vec){0} - INFINITY, sums = {0};
+        float largest = -INFINITY;
+        long c = 0, token = 0;
+        for (; c + LANES <= vocab; c += LANES) {
+            vec x = load(logits + c);
+            ints above = x > most;
+            most = (vec)(((ints)x & above) | ((ints)most & ~above));
+        }
+        for (; c < vocab; c++) largest = logits[c] > largest ? logits[c] : largest;
+        for (int j = 0; j < LANES; j++) largest = most[j] > largest ? most[j] : largest;
+        while (token < vocab - 1 && !(logits[token] >= largest)) token++;
+        double sum = 0.0;
+        for (c = 0; c + LANES <= vocab; c += LANES) {
+            sums += exponential(load(logits + c) - largest);
+            if (c % (64 * LANES) == 63 * LANES) { sum += sum_lanes(sums); sums = (vec){0}; }
+        }
+        sum += sum_lanes(sums);
+        for (; c < vocab; c++) sum += expf(logits[c] - largest);
+        tokens[i] = token;
+        log_probs[i] = (float)-log(sum);
+    }
 }

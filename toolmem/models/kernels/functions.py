@@ -5,6 +5,7 @@ Shapes: b lanes, h query heads, k key/value heads, d head_dim.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -108,6 +109,27 @@ def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         if built is not None:
             return _linear(built, x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def likeliest(logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """The most probable token of each row, the first of a tie, and its log-probability.
+
+    Args:
+        logits: (n, vocab) float32.
+
+    Returns:
+        tokens (n,) int64, and log-probabilities (n,) float32 in nats.
+    """
+    built = library()
+    if built is None or logits.dtype != torch.float32 or not _plain(logits):
+        tokens = logits.argmax(dim=-1)
+        log_probs = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
+        return tokens.cpu().numpy(), log_probs.cpu().numpy()
+    logits = logits.contiguous()
+    n, vocab = logits.shape
+    chosen, log_prob = np.empty(n, dtype=np.int64), np.empty(n, dtype=np.float32)
+    built.likeliest(logits.data_ptr(), n, vocab, chosen.ctypes.data, log_prob.ctypes.data)
+    return chosen, log_prob
 
 
 def usable(queries: Tensor, keys: Tensor) -> bool:
