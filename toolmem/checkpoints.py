@@ -211,7 +211,8 @@ def about_of(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
     """The ``toolmem`` part of a checkpoint, checked.
 
     Raises:
-        ToolmemError: when the file is not ours, or of a format this version does not know.
+        ToolmemError: when the file is not ours, of a format this version does not know, or of a
+            population of models.
     """
     about = checkpoint.get(KEY)
     if not isinstance(about, dict) or "model" not in about or "data" not in about:
@@ -222,6 +223,12 @@ def about_of(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
         raise ToolmemError(
             f"{path} has checkpoint format {about.get('format')}, written by toolmem "
             f"{about.get('version')}; this version ({toolmem.__version__}) reads format {FORMAT}"
+        )
+    if "population" in about:
+        n = len(about["population"]["members"])
+        raise ToolmemError(
+            f"{path} holds a population of {n} models: name one of them, which have folders of their own, "
+            f"members/0 to members/{n - 1} in the run's, once they are done"
         )
     return about
 

@@ -49,5 +49,6 @@ __getattr__, __dir__, __all__ = attach(
         "TextDataModule": "toolmem.data.modules.text",
         "RecallDataModule": "toolmem.data.modules.recall",
         "MADDataModule": "toolmem.data.modules.recall",
+        "PopulationDataModule": "toolmem.data.modules.population",
     },
 )

@@ -8,6 +8,9 @@ __getattr__, __dir__, __all__ = attach(
     {
         "LanguageModelModule": "toolmem.training.module",
         "GRPO": "toolmem.training.grpo",
+        "PopulationModule": "toolmem.training.population",
+        "export_member": "toolmem.training.members",
+        "Member": "toolmem.training.members",
         "OptimizerConfig": "toolmem.training.optimizers",
         "AdamW": "toolmem.training.optimizers",
         "Muon": "toolmem.training.optimizers",

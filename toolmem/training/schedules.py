@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch.optim import Optimizer
@@ -47,11 +48,10 @@ class Schedule(ABC):
         """How far ``step`` is from ``start`` (0) to ``total`` (1)."""
         return min(max((step - start) / max(total - start, 1), 0.0), 1.0)
 
-    def build(self, optimizer: Optimizer, total_steps: int | None) -> LambdaLR:
-        """The schedule as PyTorch has it, to be stepped once an optimizer step.
+    def factors(self, total_steps: int | None) -> Callable[[int], float]:
+        """The factor of each step (from 0) of a run.
 
         Args:
-            optimizer: its groups' ``lr`` is what the factor multiplies.
             total_steps: optimizer steps of the whole run; None when nobody knows.
 
         Raises:
@@ -63,7 +63,19 @@ class Schedule(ABC):
                 "trainer.max_steps, or choose the schedule Constant or InverseSqrt"
             )
         total = total_steps or 0
-        return LambdaLR(optimizer, lambda step: self.factor(step, total))
+        return lambda step: self.factor(step, total)
+
+    def build(self, optimizer: Optimizer, total_steps: int | None) -> LambdaLR:
+        """The schedule as PyTorch has it, to be stepped once an optimizer step.
+
+        Args:
+            optimizer: its groups' ``lr`` is what the factor multiplies.
+            total_steps: optimizer steps of the whole run; None when nobody knows.
+
+        Raises:
+            ToolmemError: when the shape needs ``total_steps`` and it is not known.
+        """
+        return LambdaLR(optimizer, self.factors(total_steps))
 
 
 @dataclass(frozen=True)

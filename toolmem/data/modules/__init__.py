@@ -9,5 +9,6 @@ __getattr__, __dir__, __all__ = attach(
         "FactsDataModule": "toolmem.data.modules.facts",
         "TextDataModule": "toolmem.data.modules.text",
         "RecallDataModule": "toolmem.data.modules.recall",
+        "PopulationDataModule": "toolmem.data.modules.population",
     },
 )
