@@ -28,7 +28,7 @@ WHOLE = [
     p
     for p, content in CONTENT.items()
     if "class_path" in content.get("model", {}).get("model", {})
-    and "init_from" not in content["model"]  # theirs is the architecture of a run
+    and "init_from" not in content["model"]  # STARTED
 ]
 PLAIN = ROOT / "recipes" / "tricks" / "plain.yaml"
 TRICKS = [p for p in CONTENT if p.parent.name == "tricks" and p not in WHOLE]
@@ -126,6 +126,55 @@ def test_figures_on_paper(toolmem, tmp_path):
     assert found["cache_bytes_per_token"] == 2 * 48 * 4
 
 
+STARTED = [p for p, content in CONTENT.items() if content.get("model", {}).get("init_from")]
+
+
+@pytest.mark.parametrize("recipe", STARTED, ids=lambda path: path.stem)
+def test_a_recipe_that_starts_from_a_run_which_is_not_there(recipe, toolmem, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # no runs here
+    found, shown = figures(toolmem, recipe, tmp_path)
+    base, _ = figures(toolmem, ROOT / "recipes" / "facts_in_tool.yaml", tmp_path)
+    chosen, options = CONTENT[recipe]["model"]["model"], {}
+    heads = 0
+    if chosen["class_path"].rpartition(".")[2] in ("Eagle", "Medusa"):
+        assert "base as in" in shown and "runs/facts_in_tool does not exist yet" in shown
+        options = CONTENT[ROOT / "recipes" / "facts_in_tool.yaml"]["model"]["model"]
+        vocab = plain_model(ROOT / "recipes" / "facts_in_tool.yaml")[0].vocab_size
+        kind = import_class(chosen["class_path"], "class_path")
+        heads = kind(vocab, base=options, **chosen["init_args"]).multi_token
+        heads = sum(p.numel() for p in heads.parameters())
+        assert heads > 0
+    assert found["params_total"] == base["params_total"] + heads
+
+
+def test_the_run_goes_before_its_recipe_and_without_both_it_is_asked_for(
+    toolmem, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("mine").mkdir()
+    medusa = Path("mine", "medusa.yaml")
+    medusa.write_text((ROOT / "recipes" / "medusa.yaml").read_text())
+    for call in (
+        lambda: toolmem("inspect", "--config", medusa),
+        lambda: toolmem("fit", "--config", ROOT / "recipes" / "medusa.yaml"),
+    ):
+        called = call()
+        assert called.code == 2 and "model.init_from: no such" in called.err, called
+        assert "train that run first" in called.err
+    Path("mine", "facts_in_tool.yaml").write_text(
+        (ROOT / "recipes" / "facts_in_tool.yaml").read_text()
+    )
+    assert toolmem("inspect", "--config", medusa).code == 0
+    Path("runs", "facts_in_tool").mkdir(parents=True)  # a run that has no checkpoint yet
+    called = toolmem("inspect", "--config", medusa)
+    assert called.code == 2 and "no checkpoint in" in called.err, called
+
+
+def test_a_recipe_of_changes_says_what_goes_before_it(toolmem):
+    called = toolmem("inspect", "--config", TRICKS[0])
+    assert called.code == 2 and f"--config {PLAIN} --config {TRICKS[0]}" in called.err, called
+
+
 def test_experts_that_are_not_chosen_are_not_active(toolmem, tmp_path):
     """One layer of 8 experts of 3 x 8 x 16, of which a token uses 2: 6 x 384 are idle. A token's share of
     FLOPs is the router 2 x 8 x 8 and two experts, whatever an expert's capacity.
@@ -158,7 +207,7 @@ def test_large_models_need_neither_memory_nor_time(toolmem, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", WHOLE, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", [*WHOLE, *STARTED], ids=lambda path: path.stem)
 def test_it_takes_five_seconds(recipe, tmp_path):
     """Of a core's time, so that what else the machine does is not measured."""
     words = ["inspect", "--config", str(recipe), "--json", str(tmp_path / "figures.json")]

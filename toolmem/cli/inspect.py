@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolmem.cli.functions import call
 from toolmem.cli.inspect_recipe import (
+    base_of,
     build,
     init_args_of,
     read_recipe,
@@ -59,11 +60,12 @@ def inspect_changed(
     if seq_len is None:
         seq_len = init_args_of(recipe.get("data")).get("seq_len")
     figures = measure(build(recipe, config), seq_len)
+    _, note = base_of(recipe, config)
     if json is not None:
         from toolmem.files import write_json
 
         write_json(json, figures.as_dict())
-    show(figures, config)
+    show(figures, config, note)
 
 
 def counted_row(model: LanguageModel, seq_len: int) -> tuple[ModelFlops, BodyCount]:
@@ -223,8 +225,8 @@ def cache_bytes(model: LanguageModel) -> tuple[Fraction, Fraction]:
     return sizes[0] - short * growing, growing
 
 
-def show(figures: Figures, config: str) -> None:
-    """Print the figures."""
+def show(figures: Figures, config: str, note: str = "") -> None:
+    """Print the figures, and a line more."""
     from rich.table import Table
 
     from toolmem.console import stdout
@@ -254,7 +256,7 @@ def show(figures: Figures, config: str) -> None:
     ]
     if figures.uncounted:
         lines.append(f"not counted, having no formula: {', '.join(figures.uncounted)}")
-    for line in lines:
+    for line in [*lines, note] if note else lines:
         console.print(line, highlight=False, soft_wrap=True)
 
 

@@ -165,12 +165,61 @@ def vocab_size_of(data: Any, config: str) -> int:
     return int(construct(path, options, {}, "data").vocab_size)
 
 
+def chosen_model(recipe: Mapping[str, Any], config: str) -> Mapping[str, Any]:
+    """A recipe's section ``model.model``.
+
+    Raises:
+        ToolmemError: where it names no architecture.
+    """
+    section = recipe.get("model")
+    chosen = section.get("model") if isinstance(section, Mapping) else None
+    if isinstance(chosen, Mapping) and "class_path" in chosen:
+        return chosen
+    message = f"{config}: model.model.class_path is missing: it names the architecture"
+    plain_one = Path(config).parent / "plain.yaml"
+    if plain_one.is_file():
+        message += (
+            f". A recipe that says only what it changes comes second: --config {plain_one} "
+            f"--config {config}"
+        )
+    raise ToolmemError(message)
+
+
+def base_of(recipe: Mapping[str, Any], config: str) -> tuple[dict[str, Any] | None, str]:
+    """What a recipe's model is to draft for, where it leaves that to a run (``model.init_from``).
+
+    Before there is that run, it is as the recipe of its name has it that lies beside this one.
+
+    Args:
+        recipe: as ``read_recipe`` returns it.
+        config: its path.
+
+    Returns:
+        ``class_path`` and ``init_args``, None where nothing is left open; and a line about where they
+        are from, "" when from the run.
+
+    Raises:
+        ToolmemError: where there is neither.
+    """
+    from toolmem.training.initial_weights import base_for, leaves_base_open
+
+    chosen, init_from = chosen_model(recipe, config), recipe["model"].get("init_from")
+    path, options = str(chosen["class_path"]), init_args_of(chosen)
+    if init_from is not None and leaves_base_open(path, options):
+        beside = Path(config).parent / f"{Path(init_from).name}.yaml"
+        if beside.is_file() and not Path(init_from).exists():
+            base = chosen_model(_read(str(beside)), str(beside))
+            said = f"base as in {beside}: {init_from} does not exist yet"
+            return {"class_path": base["class_path"], "init_args": init_args_of(base)}, said
+    return base_for(path, options, init_from), ""
+
+
 def build(recipe: Mapping[str, Any], config: str) -> LanguageModel:
     """The recipe's model, with first weights that mean nothing.
 
     Args:
         recipe: as ``read_recipe`` returns it.
-        config: its path, for messages.
+        config: its path, for messages, and for recipes beside it.
 
     Raises:
         ToolmemError: for what is missing, or cannot be.
@@ -179,16 +228,10 @@ def build(recipe: Mapping[str, Any], config: str) -> LanguageModel:
 
     from toolmem.class_path import import_class
     from toolmem.models import LanguageModel
-    from toolmem.training.initial_weights import base_for
 
-    section = recipe.get("model")
-    chosen = section.get("model") if isinstance(section, Mapping) else None
-    if not isinstance(chosen, Mapping) or "class_path" not in chosen:
-        raise ToolmemError(
-            f"{config}: model.model.class_path is missing: it names the architecture"
-        )
+    chosen = chosen_model(recipe, config)
     options = dict(init_args_of(chosen))
-    base = base_for(str(chosen["class_path"]), options, (section or {}).get("init_from"))
+    base, _ = base_of(recipe, config)
     if base is not None:
         options["base"] = base
     if options.get("vocab_size") is not None:

@@ -39,14 +39,19 @@ def base_for(
     Raises:
         ToolmemError: when the run is not there, or cannot be read.
     """
-    if init_from is None or init_args.get("base") is not None:
-        return None
-    kind = import_class(class_path, "model.model.class_path")
-    if not (isinstance(kind, type) and issubclass(kind, Drafting)):
+    if init_from is None or not leaves_base_open(class_path, init_args):
         return None
     file, checkpoint = _read(init_from)
     spec = checkpoints.about_of(checkpoint, file)["model"]
     return dict(spec["init_args"].get("base") or spec)
+
+
+def leaves_base_open(class_path: str, init_args: Mapping[str, Any]) -> bool:
+    """Whether a model drafts for a base that its ``init_args`` do not give."""
+    if init_args.get("base") is not None:
+        return False
+    kind = import_class(class_path, "model.model.class_path")
+    return isinstance(kind, type) and issubclass(kind, Drafting)
 
 
 def load_initial_weights(
