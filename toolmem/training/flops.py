@@ -59,7 +59,8 @@ def optimizer_flops(optimizer: torch.optim.Optimizer) -> OptimizerFlops:
     for group in optimizer.param_groups:
         parameters: list[Tensor] = [p for p in group["params"] if p.requires_grad]
         numbers = sum(p.numel() for p in parameters)
-        decays = 1 if group.get("weight_decay") else 0
+        decay = group.get("weight_decay")  # of a population, one a member
+        decays = 1 if (any(decay) if isinstance(decay, tuple) else decay) else 0
         if isinstance(optimizer, MuonAdamW) and group["kind"] == "muon":
             steps = group["steps"]
             each = 8 + (3 if group["nesterov"] else 0) + decays + 2 * steps

@@ -13,6 +13,7 @@ Unusual about it:
 from __future__ import annotations
 
 import functools
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -107,12 +108,18 @@ class PopulationModule(LanguageModelModule):
         self._logs: list[CSVLogger] = []
         self._probes: list[MemberRecall] = []
         self._probe_states: list[Any] = []
+        self._found: list[Mapping[str, float]] = []  # in a round of asking
         self._joint = True
 
     @property
     def active(self) -> list[int]:
         """Numbers of the members that are not done."""
         return [member for member in range(len(self.members)) if member not in self.done_at]
+
+    @property
+    def active_share(self) -> float:
+        """How many of all members they are."""
+        return len(self.active) / len(self.members)
 
     @property
     def datamodule(self) -> PopulationDataModule:
@@ -225,22 +232,36 @@ class PopulationModule(LanguageModelModule):
                     self.folder(number),
                     self.members[number].max_steps or self.trainer.max_steps,
                 )
-                report = functools.partial(self.report_member, number)
+                report = functools.partial(self._note_recall, number)
                 module = MemberModule(
                     report, self.model, self.optimizers_of[number], self.schedules_of[number]
                 )
                 self._probes.append(MemberRecall(probe, trainer, module))
+                self._probes[-1].probe.show = probe.show and number == 0
         for asking, state in zip(self._probes, self._probe_states, strict=False):
             asking.probe.load_state_dict(state)
         for number in self.active if self._probes else []:
             self._probes[number].start()
 
     def _ask(self) -> None:
-        """Ask the members that are due; those that have reached what was asked for are done."""
+        """Ask the members that are due; those whose probe would end their run are done."""
+        self._found = []
         for number in self.active if self._probes else []:
             self.stack.give(number, self.model)
             if self._probes[number].ask():
                 self.finish(number)
+        if self._found:  # the mean over the members that were asked
+            names = set.intersection(*map(set, self._found))
+            means = {
+                name: statistics.fmean(found[name] for found in self._found)
+                for name in self._found[0]
+                if name in names
+            }
+            self.report(means)
+
+    def _note_recall(self, member: int, metrics: Mapping[str, float]) -> None:
+        self.report_member(member, metrics)
+        self._found.append(metrics)
 
     def teardown(self, stage: str) -> None:
         """Close the members' tools."""

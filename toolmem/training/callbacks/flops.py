@@ -71,9 +71,12 @@ class Flops(Throughput):
     ) -> None:
         """Count the batch; every ``trainer.log_every_n_steps`` steps, log."""
         with not_training(trainer):
-            exact, executed = step_flops(self._flops, batch)
+            # a population's batch has one for each member
+            parts = [step_flops(self._flops, part) for part in getattr(batch, "parts", [batch])]
+        exact, executed = (sum(counts) for counts in zip(*parts, strict=True))
         steps, self._steps = trainer.global_step - self._steps, trainer.global_step
-        counts = (batch.n_tokens, exact, executed, steps * self._of_optimizer)
+        of_optimizer = round(self._of_optimizer * getattr(pl_module, "active_share", 1))
+        counts = (batch.n_tokens, exact, executed, steps * of_optimizer)
         for name, value in zip(COUNTS, counts, strict=True):
             self._mine[name] += value
             self._timed[name] += value
