@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 import toolmem as package
 from toolmem.cli import evaluate as command
@@ -56,6 +57,50 @@ def test_chunks_add_up(runs, monkeypatch):
         counts.append({name: (s.correct, s.total) for name, s in result.attributes.items()})
     assert counts[0] == counts[1]
     assert sum(correct for correct, _ in counts[0].values()) == 16
+
+
+@pytest.mark.parametrize("setting", ["in_weight", "in_tool"])
+def test_invariant_mode_gives_one_file_whatever_the_batch(
+    setting, runs, tmp_path, toolmem, monkeypatch
+):
+    import toolmem.generation.engine as engines
+
+    kernels, plain = [], engines.Engine.__init__
+    monkeypatch.setattr(
+        engines.Engine,
+        "__init__",
+        lambda self, *args, **options: (
+            kernels.append((options["max_lanes"], options["invariant"]))
+            or plain(self, *args, **options)
+        ),
+    )
+    files = []
+    for batch_size in (1, 7):
+        out = tmp_path / f"{batch_size}.json"
+        words = ["--checkpoint", runs / setting, "--batch_size", batch_size, "--out", out]
+        words += ["--n_questions", 12]
+        called = toolmem("evaluate", *words, "--invariant", "true")
+        assert called.code == 0, called
+        files.append(json.loads(out.read_text()))
+        assert files[-1].pop("seconds") > 0
+    assert files[0] == files[1]
+    assert kernels == [(1, True), (1, True), (7, True), (7, True)]
+
+
+def test_invariant_mode_gives_the_same_dialogues_and_refuses_what_it_cannot(runs):
+    run = package.load(runs / "in_tool")
+    questions, options = run.questions("known", 12), {"toolbox": run.toolbox, "invariant": True}
+    one, more = (
+        measure_recall(run.model, run.tokenizer, questions, batch_size=n, **options) for n in (1, 5)
+    )
+    assert one == more and len(one.samples) == 12
+    for change, words in (
+        ({"dtype": torch.bfloat16}, "bfloat16 on cpu"),
+        ({"dtype": torch.float32, "device": "meta"}, "float32 on meta"),
+    ):
+        model = run.model.to(**change)
+        with pytest.raises(package.ToolmemError, match=f"invariant: .*{words}: run it on"):
+            measure_recall(model, run.tokenizer, questions, **options)
 
 
 def test_it_is_what_the_library_measures(runs):

@@ -27,6 +27,7 @@ def evaluate(
     factbase: str | None = None,
     allow_other_factbase: bool = False,
     batch_size: int = 128,
+    invariant: bool = False,
     attention: KernelChoice = "auto",
     device: str = "cpu",
 ) -> None:
@@ -40,6 +41,7 @@ def evaluate(
         factbase: the DuckDB file with the facts (default: facts.duckdb in the run's folder).
         allow_other_factbase: accept a factbase whose facts are not those of training.
         batch_size: dialogues generated at once.
+        invariant: the same results, bit for bit, whatever the batch size (float32 on a CPU; slower).
         attention: what runs attention: sdpa (torch's own, and C of ours), flex (FlexAttention), flash
             (the package flash-attn, on CUDA), plain (the reference), or the one for the device (auto).
         device: where the model runs.
@@ -60,7 +62,7 @@ def evaluate(
         attention=attention,
         device=device,
     )
-    results = measure(run, n_questions, batch_size)
+    results = measure(run, n_questions, batch_size, invariant)
     show(results)
     if out is not None:
         write_json(
@@ -74,7 +76,9 @@ def evaluate(
         )
 
 
-def measure(run: Run, n_questions: int, batch_size: int) -> dict[str, RecallResult]:
+def measure(
+    run: Run, n_questions: int, batch_size: int, invariant: bool = False
+) -> dict[str, RecallResult]:
     """Recall by split; a split without people is left out."""
     from toolmem.evaluation import RecallResult, Score, measure_recall
 
@@ -88,7 +92,12 @@ def measure(run: Run, n_questions: int, batch_size: int) -> dict[str, RecallResu
             for start in range(0, len(questions), CHUNK):
                 chunk = questions[start : start + CHUNK]
                 part = measure_recall(
-                    run.model, run.tokenizer, chunk, toolbox=run.toolbox, batch_size=batch_size
+                    run.model,
+                    run.tokenizer,
+                    chunk,
+                    toolbox=run.toolbox,
+                    batch_size=batch_size,
+                    invariant=invariant,
                 )
                 samples += part.samples
                 for name, score in part.attributes.items():

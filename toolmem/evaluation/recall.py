@@ -221,6 +221,7 @@ def measure_recall(
     toolbox: Toolbox | None = None,
     batch_size: int = 128,
     max_new_tokens: int | None = None,
+    invariant: bool = False,
 ) -> RecallResult:
     """Ask every question greedily, tools in the loop, and count the exact answers.
 
@@ -232,6 +233,10 @@ def measure_recall(
         batch_size: dialogues generated at once.
         max_new_tokens: tokens that the model may write; what the longest expected dialogue needs,
             and some more, when None.
+        invariant: the dialogues do not hang on ``batch_size``, bit for bit (float32 on a CPU; slower).
+
+    Raises:
+        ToolmemError: for a model that cannot be run so.
     """
     metric = Recall(list(dict.fromkeys(question.attribute for question in questions)))
     if max_new_tokens is None:
@@ -243,6 +248,7 @@ def measure_recall(
         toolbox=toolbox,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
+        invariant=invariant,
     )
     samples = []
     for question, dialogue in zip(questions, generated, strict=True):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -60,11 +60,13 @@ class Engine:
         host_limit: bytes of it in host memory besides, of lanes that wait; beyond it goes to a file.
         spill_folder: where that file is; the system's folder for temporary files when None.
         prefix_sharing: let dialogues that begin alike read their beginning once.
-        invariant: results do not hang on the batch, bit for bit (float32; slower). The model's kernel of
-            attention is chosen before.
+        invariant: results do not hang on the batch, bit for bit (float32 on a CPU; slower). The model's
+            kernel of attention is chosen before.
         max_calls: tool calls under way at once.
         drafter: proposes tokens that the model checks several at a time, with the same results
             (``speculative.py``); not in invariant mode.
+        compile: decode by ``torch.compile`` (``models/compiled.py``), which takes from some seconds to a
+            minute before the first token (``warm_up``); not in invariant mode.
 
     Raises:
         ToolmemError: for limits that make no sense, or a model that the engine cannot run.
@@ -87,11 +89,16 @@ class Engine:
         invariant: bool = False,
         max_calls: int = 64,
         drafter: Drafter | None = None,
+        compile: bool = False,
     ) -> None:
         if max_lanes < 1 or step_tokens < 1:
             raise ToolmemError("max_lanes and step_tokens must be at least 1")
         if drafter is not None and invariant:
             raise ToolmemError("invariant: passes with drafts have no fixed shape; leave one out")
+        if compile and invariant:
+            raise ToolmemError("invariant: compiled sums have an order of their own; leave one out")
+        if invariant:
+            check_invariant(model)
         self.model = model
         self.tokenizer = tokenizer
         self.max_queued = max_queued
@@ -118,6 +125,7 @@ class Engine:
             prefix_sharing=prefix_sharing,
             invariant=invariant,
             drafter=drafter,
+            compile=compile,
             row_independent=_row_independent(model),
             wake=self._work.set,
         )
@@ -298,6 +306,25 @@ class Engine:
             self.scheduler.forget()
             self.weights += 1
 
+    def warm_up(self, told: Callable[[int, int], None] | None = None) -> float:
+        """Compile what an engine made with ``compile`` needs, before it is needed.
+
+        Args:
+            told: called with how many shapes of a pass are done, and how many there are.
+
+        Returns:
+            seconds that compiling has taken so far; 0 for an engine that compiles nothing.
+
+        Raises:
+            ToolmemError: for a model that cannot be compiled, naming it.
+        """
+        compiled = self.scheduler.compiled
+        if compiled is None:
+            return 0.0
+        with self._lock, evaluating(self.model):
+            compiled.warm_up(told)
+        return compiled.seconds
+
     def stats(self) -> Stats:
         """Counts so far, and what is held now."""
         with self._lock:
@@ -311,6 +338,8 @@ class Engine:
             counts.pages_free = pager.capacity["page"] - counts.pages_used
             counts.bytes_used, counts.bytes_peak = pager.bytes_used(), pager.bytes_peak()
             counts.pieces_paged_out, counts.pieces_paged_in = pager.paged_out, pager.paged_in
+            if (compiled := scheduler.compiled) is not None:
+                counts.compilations, counts.compile_seconds = compiled.graphs, compiled.seconds
             return Stats(**vars(counts))
 
     def acceptance(self) -> dict[str, object]:
@@ -409,6 +438,18 @@ class Engine:
                         self.scheduler.drop(lane, error)
             self._submitted.wait()
             self._submitted.clear()
+
+
+def check_invariant(model: LanguageModel) -> None:
+    """Raise ``ToolmemError`` for a model whose results may hang on the batch all the same."""
+    for parameter in model.parameters():
+        if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            raise ToolmemError(
+                "invariant: the same bits in any batch are promised in float32 on a CPU, and this model "
+                f"has {dtype} on {parameter.device}: run it on the device cpu in float32, or without "
+                "invariant"
+            )
 
 
 def _row_independent(model: LanguageModel) -> bool:
