@@ -22,7 +22,7 @@ from toolmem.errors import ToolmemError
 from toolmem.generation import Engine, Request, Sampling, generate_naive
 from toolmem.generation.acceptance import Acceptance
 from toolmem.generation.lookup import PromptLookup
-from toolmem.generation.planning import model_seconds, pass_overhead, token_seconds
+from toolmem.generation.planning import DraftCosts, draft_costs, model_seconds
 from toolmem.generation.speculative import (
     Draft,
     DraftHeads,
@@ -56,6 +56,7 @@ class Guess:
     """Knows what is coming for some of the way, then does not; branches between the two."""
 
     window = 0
+    width = 1.0
     max_tokens = 5
 
     def __init__(self, dialogues, tree):
@@ -83,8 +84,8 @@ class Guess:
             drafts.append(Draft(tokens, parents))
         return drafts
 
-    def price(self, lanes, token_seconds):
-        return 0.01
+    def seconds(self, lanes):
+        return -1.0  # it always pays
 
     def forget(self, lane, tokens=()):
         pass
@@ -230,14 +231,14 @@ def test_the_pool_lets_later_dialogues_copy():
 class Cheap(DraftModel):
     """A draft model that counts as if it cost nothing, as it does beside a large model."""
 
-    def price(self, lanes, token_seconds):
-        return 0.01
+    def seconds(self, lanes):
+        return -1.0  # it always pays
 
 
 class CheapHeads(DraftHeads):
     """The same of heads."""
 
-    price = Cheap.price
+    seconds = Cheap.seconds
 
 
 @pytest.mark.parametrize("name", ["plain", "conv", "mamba2", "jamba"])
@@ -259,12 +260,15 @@ def test_draft_model(name):
 
 def test_a_drafter_that_cannot_pay_says_so_and_does_not_draft(caplog):
     model = MODELS["plain"]()
-    histogram, _ = check(model, DraftModel(model, 3), None, ragged_prompts(3))
+
+    class Slow(DraftModel):
+        def seconds(self, lanes):
+            return 1.0
+
+    histogram, _ = check(model, Slow(model, 3), None, ragged_prompts(3))
     assert histogram["passes"] == 0
-    assert [record.message for record in caplog.records if "DraftModel" in record.message] == [
-        record.message for record in caplog.records
-    ]
-    assert len(caplog.records) == 1
+    [record] = caplog.records
+    assert "Slow" in record.getMessage() and "nothing is drafted" in record.getMessage()
 
 
 def draft_memory(model):
@@ -299,13 +303,13 @@ def test_sampled_dialogues_have_the_exact_distribution():
     n = 3000
 
     class Likeliest:
-        window, max_tokens = 0, 2
+        window, width, max_tokens = 0, 1.0, 2
 
         def propose(self, lanes, columns, limits):
             return [chain([17, 17][:limit]) if limit else Draft([], []) for limit in limits]
 
-        def price(self, lanes, token_seconds):
-            return 0.01
+        def seconds(self, lanes):
+            return -1.0
 
         def forget(self, lane, tokens=()):
             pass
@@ -379,30 +383,53 @@ class Drafting:
 
 def test_drafts_get_as_long_as_they_pay():
     acceptance, lane = Acceptance(8), Drafting()
-    assert acceptance.limit(lane, 0.7) == 1, "0.7 ** 1 is as much as it costs"
-    assert acceptance.limit(lane, 0.2) == 4, "0.7 ** 4 is more, 0.7 ** 5 less"
-    assert acceptance.limit(lane, 1e-9) == 8
+    assert acceptance.limit(lane, DraftCosts(0.69, 0)) == 1, (
+        "0.7 is more than it costs, 0.7 ** 2 less"
+    )
+    assert acceptance.limit(lane, DraftCosts(0.2, 0)) == 4, "0.7 ** 4 is more, 0.7 ** 5 less"
+    assert acceptance.limit(lane, DraftCosts(1e-9, 0)) == 8
+    assert acceptance.limit(lane, DraftCosts(1e-9, 2.0)) == 8, "0.7 + 0.7 ** 2 + ... is 2.2"
+    assert acceptance.limit(lane, DraftCosts(1e-9, 2.3)) == 0
     for _ in range(4):
         acceptance.note(lane, 4, 4)
-    assert acceptance.limit(lane, 0.7) >= 4
+    assert acceptance.limit(lane, DraftCosts(0.7, 0)) >= 4
     for _ in range(40):
         acceptance.note(lane, 4, 0)
-    tries = [acceptance.limit(lane, 0.7) for _ in range(Acceptance.PATIENCE)]
+    lane.draft_pause = 0
+    tries = [acceptance.limit(lane, DraftCosts(0.7, 0)) for _ in range(Acceptance.PATIENCE)]
     assert tries == [0] * (Acceptance.PATIENCE - 1) + [1]
     assert acceptance.histogram()["by_length"] == {"4": {"0": 40, "4": 4}}
-    assert acceptance.limit(Drafting(), 0.7) == 0, "a new lane begins with what others have shown"
-    assert acceptance.limit(Drafting(), 1.0) == 0, "nothing pays that costs as much as a pass"
+    fresh = acceptance.limit(Drafting(), DraftCosts(0.7, 0))
+    assert fresh == 0, "a new lane begins with what others have shown"
 
 
-def test_drafts_cost_more_where_passes_are_shared():
-    small, large = MODELS["plain"](), Transformer(260, 64, 4, 2)
-    a_token, overhead = token_seconds(large), pass_overhead(large)
+def test_whether_drafts_can_pay_at_all():
+    acceptance = Acceptance(8)
+    assert acceptance.may_pay(DraftCosts(0.5, 0.5))
+    assert not acceptance.may_pay(DraftCosts(0.96, 0)), (
+        "the next token, at best, is right 0.95 times"
+    )
+    assert not acceptance.may_pay(DraftCosts(0.5, 4.0))
+
+
+def test_what_drafts_cost():
+    model, small = Transformer(260, 64, 4, 2), MODELS["plain"]()
     for drafter in (PromptLookup(), DraftModel(small, 3)):
-        shares = [drafter.price(n, a_token) / (overhead + n) for n in (1, 8, 64)]
-        assert shares == sorted(shares)
-    assert PromptLookup().price(8, a_token) == 8
-    more = DraftModel(small, 3).price(8, a_token) - 8
-    assert more * a_token == pytest.approx(model_seconds(small, 8))
+        costs = [draft_costs(model, drafter, n) for n in (1, 8, 64)]
+        assert costs == sorted(costs), "the more lanes share a pass the less a draft saves"
+    lookup, draft = (
+        draft_costs(model, each, 8).token for each in (PromptLookup(), DraftModel(small, 3))
+    )
+    assert draft > lookup + model_seconds(small, 8) / (1e-3 + model_seconds(model, 8))
+    torch.manual_seed(0)
+    base = {
+        "class_path": "toolmem.models.Transformer",
+        "init_args": {"dim": 16, "n_layers": 2, "n_heads": 2},
+    }
+    medusa = Medusa(260, base, tree=[[0], [1], [2], [0, 0]])
+    tree, chain_ = DraftHeads(medusa), DraftHeads(medusa, tree=False)
+    assert tree.width == 2.0 and chain_.width == 1.0
+    assert draft_costs(model, tree, 1).token > draft_costs(model, chain_, 1).token
 
 
 def test_what_does_not_go_together_is_refused():

@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from toolmem.generation.lanes import Lane
+    from toolmem.generation.planning import DraftCosts
 
 
 class Acceptance:
     """Learns how often a lane's drafted tokens are right, and drafts as many as pay.
 
     The d-th token of a draft is right with about p^d, where p is how often one behind right ones is, and
-    then saves its lane a pass. So it is drafted where p^d is at least what it costs, as a share of a pass.
-    A lane begins with what the others' drafts have shown; one whose drafts do not pay tries a token now and
-    then.
+    then saves its lane a pass. So it is drafted where p^d is at least what it costs, if all together save
+    more than the draft itself costs. A lane begins with what the others' drafts have shown; one whose
+    drafts do not pay tries a token now and then.
 
     Args:
         max_tokens: the longest path.
@@ -25,6 +26,7 @@ class Acceptance:
     PATIENCE = 8  # passes without drafts between two tries, where they do not pay
     MEMORY = 0.97  # what a token leaves of what was learned before it, for a lane
     SHARED_MEMORY = 0.995  # and for what a new lane begins with
+    BEST = 0.95  # drafts that are right more often are not reckoned with
     BEGIN = 2.0  # tokens that this counts for
 
     def __init__(self, max_tokens: int) -> None:
@@ -32,26 +34,36 @@ class Acceptance:
         self.counts: Counter[tuple[int, int]] = Counter()  # (path's length, tokens right): passes
         self._right, self._tried = 2.8, 4.0  # of all lanes, fading
 
-    def limit(self, lane: Lane, share: float) -> int:
+    def may_pay(self, costs: DraftCosts) -> bool:
+        """Whether drafts can be worth what they cost at all."""
+        return any(self._gain(self.BEST, n, costs) > 0 for n in range(1, self.max_tokens + 1))
+
+    def limit(self, lane: Lane, costs: DraftCosts) -> int:
         """The longest path to draft for a lane now.
 
         Args:
             lane: that is to write.
-            share: what a drafted token costs, of what a pass without drafts does.
+            costs: of drafts now (``planning.draft_costs``).
         """
-        if share >= 1:
-            return 0
-        limit = self.max_tokens
+        limit = 0
         right = self._rate(lane)
-        if right < 1:
-            limit = min(limit, int(math.log(share) / math.log(right)) if right > 0 else 0)
-        if limit:
+        if costs.token < 1 and right > 0:
+            limit = self.max_tokens
+            if right < 1:
+                limit = min(limit, int(math.log(costs.token) / math.log(right)))
+        if limit and self._gain(right, limit, costs) > 0:
             return limit
         lane.draft_pause += 1
         if lane.draft_pause < self.PATIENCE:
             return 0
         lane.draft_pause = 0
         return 1
+
+    @staticmethod
+    def _gain(right: float, n: int, costs: DraftCosts) -> float:
+        """Passes that a draft of n tokens saves, less its costs."""
+        saved = n if right == 1 else right * (1 - right**n) / (1 - right)
+        return saved - costs.lane - n * costs.token
 
     def _rate(self, lane: Lane) -> float:
         if lane.drafted is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -14,12 +16,13 @@ import numpy as np
 from toolmem.generation.acceptance import Acceptance
 from toolmem.generation.lanes import Lane, Lanes
 from toolmem.generation.paging import NoRoom, Pager
-from toolmem.generation.planning import pass_overhead, token_seconds
+from toolmem.generation.planning import draft_costs, pass_overhead
 from toolmem.generation.prefixes import PrefixTree
 from toolmem.generation.reference import Generated
 from toolmem.generation.requests import Event
 from toolmem.generation.speculative import Drafter
 from toolmem.models.attention_kernels import own_kernels
+from toolmem.models.compiled import CompiledDecoder
 from toolmem.models.fused import FusedDecoder
 
 if TYPE_CHECKING:
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
     from toolmem.generation.reference import FinishReason
     from toolmem.models.language_model import LanguageModel
     from toolmem.tools.dispatch import ToolCalls
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -52,6 +57,8 @@ class Stats:
         tool_errors: of them answered by an error.
         requests_finished: not cancelled.
         requests_cancelled: by who asked.
+        compilations: graphs that were compiled.
+        compile_seconds: that took.
     """
 
     lanes_running: int = 0
@@ -72,6 +79,8 @@ class Stats:
     tool_errors: int = 0
     requests_finished: int = 0
     requests_cancelled: int = 0
+    compilations: int = 0
+    compile_seconds: float = 0.0
 
 
 class Lifecycle:
@@ -88,6 +97,7 @@ class Lifecycle:
         invariant: results do not hang on the batch.
         drafter: proposes tokens that the model then checks; None to read one at a time.
         row_independent: the model gives a row the same bits whatever stands beside it in a pass.
+        compile: lanes that have one token to read do so by a compiled pass.
         wake: called, from any thread, when a tool has answered.
     """
 
@@ -104,6 +114,7 @@ class Lifecycle:
         invariant: bool,
         row_independent: bool,
         drafter: Drafter | None,
+        compile: bool,
         wake: Callable[[], None],
     ) -> None:
         self.model = model
@@ -116,6 +127,14 @@ class Lifecycle:
         self.row_independent = row_independent
         self.drafter = drafter
         self.acceptance = Acceptance(drafter.max_tokens if drafter is not None else 0)
+        self.draft_costs = functools.cache(
+            functools.partial(draft_costs, model, drafter)
+        )  # by lanes
+        if drafter is not None and not self.acceptance.may_pay(self.draft_costs(1)):
+            log.warning(
+                "%s: drafting takes as long here as what it saves, so nothing is drafted",
+                type(drafter).__name__,
+            )
         self.wake = wake
         self.both_ways = model.attention_mask == "prefix"
         self.tree: PrefixTree | None = None
@@ -124,9 +143,9 @@ class Lifecycle:
             self.tree = PrefixTree(pager, exact=exact)
         # A tree of drafts needs nothing but keys and values, which stay where they are.
         self._fused = None if invariant else FusedDecoder.of(model, pager.state)
+        self.compiled = CompiledDecoder(model, pager.state, max_lanes) if compile else None
         self._chains_only = self.both_ways or bool(pager.bytes_each["slot"])
         self.overhead = pass_overhead(model)
-        self.token_seconds = token_seconds(model)
         self.lanes = Lanes(tokenizer, model.max_seq_len)
         self.device = model.embedding.weight.device
         self.counts = Stats()
@@ -139,7 +158,6 @@ class Lifecycle:
         self.following: set[Lane] = set()  # of the same prompt as one that is being read
         self.alive: set[Lane] = set()
         self._reading: dict[object, Lane] = {}
-        self._told_price = False  # that drafts do not pay here
         self._held = 0  # steps for which lanes with much to read have waited for each other
         self._listened: set[Lane] = set()
         self._timed: set[Lane] = set()
@@ -147,8 +165,10 @@ class Lifecycle:
 
     @property
     def fused(self) -> FusedDecoder | None:
-        """Decoding by C, where the model can be decoded so and no other attention was chosen."""
-        return self._fused if own_kernels(self.model.attention_kernel) else None
+        """Decoding by C, where the model can be decoded so and nothing else was chosen."""
+        if self.compiled is not None or not own_kernels(self.model.attention_kernel):
+            return None
+        return self._fused
 
     def enter(self, lane: Lane) -> None:
         """Take in a lane with its branch."""

@@ -68,6 +68,7 @@ class PromptLookup:
     """
 
     window = 0
+    width = 1.0
 
     def __init__(
         self,
@@ -91,9 +92,9 @@ class PromptLookup:
         self._pool = [NgramIndex(self._pool_lengths)]
         self._own: dict[Lane, NgramIndex] = {}
 
-    def price(self, lanes: int, token_seconds: float) -> float:
-        """As ``Drafter.price``: looking up costs next to nothing."""
-        return lanes
+    def seconds(self, lanes: int) -> float:
+        """As ``Drafter.seconds``: looking up costs next to nothing."""
+        return 0.0
 
     def propose(self, lanes: Sequence[Lane], columns: Lanes, limits: Sequence[int]) -> list[Draft]:
         """As ``Drafter.propose``."""

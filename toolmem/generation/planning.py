@@ -7,13 +7,17 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
+    from toolmem.generation.speculative import Drafter
     from toolmem.models.language_model import LanguageModel
 
 # What is taken for granted of a machine, to weigh a pass against padding. Only speed hangs on it.
 SECONDS_A_LAYER = 60e-6  # of a forward pass, beside its matmuls
 BYTES_A_SECOND = 1.5e10  # read bandwidth
 FLOPS_A_SECOND = 1e11
-
+# And of this code, for what drafts are worth.
+SECONDS_A_STEP = 150e-6  # beside its passes
+SECONDS_A_ROW = 8e-6  # of a pass, beside its matmuls
+SECONDS_A_DRAFT = 25e-6  # looking for one, and going along it
 
 # A pass for prompts and answers alone pays when it has so many times its overhead in tokens; until then
 # they are held back, for so many steps, while many times as many lanes can write.
@@ -60,6 +64,26 @@ def model_seconds(model: LanguageModel, rows: int) -> float:
 def token_seconds(model: LanguageModel) -> float:
     """What one token more takes in a pass."""
     return model_seconds(model, 1) - model_seconds(model, 0)
+
+
+class DraftCosts(NamedTuple):
+    """What drafting costs a lane, in passes: a pass's time over the lanes that share it is one.
+
+    Args:
+        token: of each token, drafted and checked.
+        lane: of a draft, however long.
+    """
+
+    token: float
+    lane: float
+
+
+def draft_costs(model: LanguageModel, drafter: Drafter, lanes: int) -> DraftCosts:
+    """What drafts cost each of some lanes that share a pass."""
+    row = token_seconds(model) + SECONDS_A_ROW
+    a_pass = SECONDS_A_STEP + model_seconds(model, lanes) + lanes * SECONDS_A_ROW
+    token = drafter.width * row * lanes + drafter.seconds(lanes)
+    return DraftCosts(max(token / a_pass, 1e-9), SECONDS_A_DRAFT * lanes / a_pass)
 
 
 def pass_overhead(model: LanguageModel) -> int:

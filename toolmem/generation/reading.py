@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -20,8 +19,6 @@ from toolmem.generation.speculative import (
     trunk,
 )
 from toolmem.models import kernels
-
-log = logging.getLogger(__name__)
 
 # In invariant mode every pass has one of two shapes, so that no sum's order hangs on the batch.
 TILE = 16  # lanes of a decoding pass
@@ -87,6 +84,10 @@ class Reading(Lifecycle):
         """Draft for the lanes that are about to write; (n,) int64, how many tokens of each."""
         assert self.drafter is not None
         lanes, most = self.lanes, self.drafter.max_tokens
+        drafted = np.zeros(len(index), dtype=np.int64)
+        costs = self.draft_costs(len(index))
+        if not self.acceptance.may_pay(costs):
+            return drafted
         # a token that is written without a draft is left at the end of either limit
         left = np.minimum(
             lanes.max_written[index] - lanes.written[index],
@@ -96,22 +97,15 @@ class Reading(Lifecycle):
         if self.pager.bytes_each["slot"]:
             may &= ~lanes.stops[index]  # where it would stop its state could not be gone back to
         places = np.flatnonzero(may).tolist()
-        drafted = np.zeros(len(index), dtype=np.int64)
         if not places:
             return drafted
         objects = [lanes.objects[index[at]] for at in places]
-        share = self.drafter.price(len(places), self.token_seconds)
-        share /= self.overhead + len(index)
-        if share >= 1 and not self._told_price:
-            self._told_price = True
-            log.warning(
-                "%s: a drafted token costs %.1f times what a pass does, for %d lanes: none are drafted",
-                type(self.drafter).__name__, share, len(places),
-            )  # fmt: skip
         limits = [
-            min(self.acceptance.limit(lane, share), int(left[at]) - 1, BLOCK - 1)
+            min(self.acceptance.limit(lane, costs), int(left[at]) - 1, BLOCK - 1)
             for at, lane in zip(places, objects, strict=True)
         ]
+        if not any(limits):
+            return drafted
         drafts = self.drafter.propose(objects, lanes, limits)
         for at, lane, draft in zip(places, objects, drafts, strict=True):
             if self._chains_only and not draft.is_chain:
@@ -180,13 +174,17 @@ class Reading(Lifecycle):
             return self._with_followers(Read(ready, own.tolist(), states))
         if drafting:
             self._keep_states(drafting)
-        hidden = self.model.hidden(
-            torch.from_numpy(chunk).to(self.device),
-            cache=pager.cache(run_rows, run_counts),
-            counts=None if real.all() else torch.from_numpy(counts).to(self.device),
-            spans=self._spans(index, fed, counts, width) if self.both_ways else None,
-            tree=self._trees(objects, width) if drafting else None,
-        )
+        if self.compiled is not None and width == 1:
+            table = pager.pages[rows]
+            hidden = self.compiled.step(chunk[:, 0], table, fed, pager.slots[rows])[:, None]
+        else:
+            hidden = self.model.hidden(
+                torch.from_numpy(chunk).to(self.device),
+                cache=pager.cache(run_rows, run_counts),
+                counts=None if real.all() else torch.from_numpy(counts).to(self.device),
+                spans=self._spans(index, fed, counts, width) if self.both_ways else None,
+                tree=self._trees(objects, width) if drafting else None,
+            )
         self._has_read(rows, fed, counts, certain)
         if self.drafter is not None and self.drafter.window:
             self._keep_features(objects, hidden[padding:], fed, certain)

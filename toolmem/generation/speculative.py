@@ -58,10 +58,12 @@ class Drafter(Protocol):
     Args:
         max_tokens: the most tokens that a path of a draft has.
         window: how many of a lane's last features it wants to see; 0 for none.
+        width: tokens of a draft by depth, 1 for chains.
     """
 
     max_tokens: int
     window: int
+    width: float
 
     def propose(self, lanes: Sequence[Lane], columns: Lanes, limits: Sequence[int]) -> list[Draft]:
         """A draft for each lane, which may be empty.
@@ -72,13 +74,8 @@ class Drafter(Protocol):
             limits: the most tokens that a path of each may have.
         """
 
-    def price(self, lanes: int, token_seconds: float) -> float:
-        """What drafting one token more for each of some lanes costs, in tokens of the model's passes.
-
-        Args:
-            lanes: that draft; each has as many tokens more to check.
-            token_seconds: what a token of a pass takes (``planning.token_seconds``).
-        """
+    def seconds(self, lanes: int) -> float:
+        """What drafting one token more takes, for so many lanes together; as ``planning.pass_seconds``."""
 
     def forget(self, lane: Lane | None, tokens: Sequence[int] = ()) -> None:
         """Let go of what is kept of a lane; of what hangs on weights, for all, when None.
@@ -104,6 +101,7 @@ class DraftModel:
     """
 
     window = 0
+    width = 1.0
 
     def __init__(
         self,
@@ -189,9 +187,9 @@ class DraftModel:
         chosen[order] = best.cpu().numpy()
         return chosen
 
-    def price(self, lanes: int, token_seconds: float) -> float:
-        """As ``Drafter.price``: a pass of the smaller model."""
-        return lanes + model_seconds(self.model, lanes) / token_seconds
+    def seconds(self, lanes: int) -> float:
+        """As ``Drafter.seconds``: a pass of the smaller model."""
+        return model_seconds(self.model, lanes)
 
     def forget(self, lane: Lane | None, tokens: Sequence[int] = ()) -> None:
         """As ``Drafter.forget``."""
@@ -215,6 +213,7 @@ class DraftHeads:
         self.model = model
         self.max_tokens = model.topology.depth
         self.window = model.window
+        self.width = len(model.topology) / self.max_tokens if tree else 1.0
         self.topologies = {
             limit: Topology.of(path for path in model.topology.paths if len(path) <= limit)
             if tree
@@ -255,11 +254,9 @@ class DraftHeads:
         counts = torch.tensor([len(one) for one in kept], device=features.device)
         return features, tokens.to(features.device), counts
 
-    def price(self, lanes: int, token_seconds: float) -> float:
-        """As ``Drafter.price``: of a tree all nodes of a depth, and what the heads compute for them."""
-        topology = self.topologies[self.max_tokens]
-        rows = lanes * len(topology) / topology.depth
-        return rows + pass_seconds(1, self.model.draft_weights(), lanes) / token_seconds
+    def seconds(self, lanes: int) -> float:
+        """As ``Drafter.seconds``: one layer, and what the heads multiply with."""
+        return pass_seconds(1, self.model.draft_weights(), lanes)
 
     def forget(self, lane: Lane | None, tokens: Sequence[int] = ()) -> None:
         """It keeps nothing; the engine keeps the features."""
