@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from serving_toys import ROLES, TOKENIZER
 
 from toolmem.generation import Greedy, Sampling
-from toolmem.serving.protocol import ApiError, ChatRequest, Limits, read_json, read_request
+from toolmem.serving.fields import ApiError, read_json
+from toolmem.serving.protocol import ChatRequest, Limits, read_request
 
 LIMITS = Limits(max_tokens=100, max_choices=4)
 USER = {"role": "user", "content": "hi"}

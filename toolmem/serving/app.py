@@ -26,8 +26,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from toolmem.serving.completion import Completion
+from toolmem.serving.fields import ApiError, read_json
 from toolmem.serving.metrics import Metrics
-from toolmem.serving.protocol import ApiError, ChatRequest, Limits, read_json, read_request
+from toolmem.serving.protocol import ChatRequest, Limits, read_request
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send

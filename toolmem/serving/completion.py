@@ -14,7 +14,8 @@ from toolmem.errors import ToolmemError
 from toolmem.generation.requests import EngineFull, Request
 from toolmem.generation.turns import ASSISTANT, DATABASE
 from toolmem.serving import protocol
-from toolmem.serving.protocol import ApiError, ChatRequest
+from toolmem.serving.fields import ApiError
+from toolmem.serving.protocol import ChatRequest
 from toolmem.serving.transcript import Piece, Transcript, Turn
 from toolmem.tools.base import extract_query
 

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from toolmem.errors import ToolmemError
 from toolmem.generation.sampling import Greedy, Sampler, Sampling
-from toolmem.tools.base import extract_query, plain_line
+from toolmem.serving.fields import SHOWN, ApiError, Fields, wrong
+from toolmem.serving.messages import ClientTool, read_messages, read_tools
+from toolmem.tools.base import extract_query
 
 if TYPE_CHECKING:
     from toolmem.data.tokenizers import Tokenizer
@@ -25,55 +27,11 @@ IGNORED = frozenset(
         "service_tier", "store", "user",
     }
 )  # fmt: skip
-ROLES = ("system", "developer", "user", "assistant", "tool")
-SHOWN = 60  # letters of a wrong value that a message repeats
 
 # A token that a bias of this size forbids is never taken.
 NEVER = -math.inf
 # Below this temperature logits grow beyond float32, and the likeliest token is as good as certain.
 COLDEST = 1e-3
-
-
-class ApiError(Exception):
-    """An answer that is not 200, in OpenAI's shape.
-
-    Args:
-        status: the HTTP status.
-        message: what is wrong and what to do.
-        param: the key of the request that is wrong.
-        code: OpenAI's machine-readable word for it, where there is one.
-        headers: to send beside it.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.param = param
-        self.code = code
-        self.headers = dict(headers or {})
-
-    def body(self) -> dict[str, Any]:
-        """The JSON body."""
-        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(
-            self.status, "server_error" if self.status >= 500 else "invalid_request_error"
-        )
-        return {
-            "error": {
-                "message": self.message,
-                "type": kind,
-                "param": self.param,
-                "code": self.code,
-            }
-        }
 
 
 @dataclass(frozen=True)
@@ -92,19 +50,6 @@ class Limits:
     max_choices: int = 16
     max_body_bytes: int = 1 << 20
     temperature: float = 0.0
-
-
-@dataclass(frozen=True)
-class ClientTool:
-    """A function that the client calls by itself, standing for the model's database.
-
-    Args:
-        name: what the call is named.
-        argument: the parameter that the query is handed in.
-    """
-
-    name: str
-    argument: str
 
 
 @dataclass(frozen=True)
@@ -140,96 +85,6 @@ class ChatRequest:
     tools: tuple[ClientTool, ...] = ()
     call_tools: bool = True
     return_token_ids: bool = False
-
-
-class Fields:
-    """The keys of a JSON object, each taken once and checked.
-
-    Args:
-        data: the object.
-        where: its own key, for messages.
-    """
-
-    def __init__(self, data: Any, where: str = "") -> None:
-        if not isinstance(data, dict):
-            raise wrong(where or "the body", data, "a JSON object")
-        self.data = dict(data)
-        self.where = where
-
-    def key(self, name: str) -> str:
-        """A key as a message names it."""
-        return f"{self.where}.{name}" if self.where else name
-
-    def take(self, name: str, kind: type | tuple[type, ...], wanted: str, default: Any) -> Any:
-        """A value of some type; null and a missing key are the default."""
-        value = self.data.pop(name, None)
-        if value is None:
-            return default
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise wrong(self.key(name), value, wanted)
-        return value
-
-    def flag(self, name: str) -> bool:
-        """True or false; false by default."""
-        return self.take(name, bool, "true or false", False)
-
-    def text(self, name: str, default: str | None = None) -> Any:
-        """A string."""
-        return self.take(name, str, "a string", default)
-
-    def integer(self, name: str, default: int | None, low: int, high: int) -> Any:
-        """A whole number in a range."""
-        value = self.take(name, int, "a whole number", default)
-        if value is not None and not low <= value <= high:
-            raise wrong(self.key(name), value, f"from {low:,} to {high:,}")
-        return value
-
-    def number(self, name: str, default: float | None, low: float, high: float) -> Any:
-        """A number in a range."""
-        value = self.take(name, (int, float), "a number", default)
-        if value is not None and not low <= value <= high:
-            raise wrong(self.key(name), value, f"from {low:g} to {high:g}")
-        return None if value is None else float(value)
-
-    def end(self) -> None:
-        """Refuse what nobody took."""
-        unknown = sorted(self.data)
-        if unknown:
-            name = self.key(unknown[0])
-            raise ApiError(
-                400,
-                f"unknown key {name[:SHOWN]}: check its spelling, or leave it out",
-                param=name[:SHOWN],
-                code="unknown_parameter",
-            )
-
-
-def wrong(key: str, value: Any, wanted: str) -> ApiError:
-    """The error for a value that is not what its key wants."""
-    try:
-        shown = json.dumps(value)
-    except (ValueError, TypeError, RecursionError):
-        shown = type(value).__name__
-    if len(shown) > SHOWN:
-        shown = shown[:SHOWN] + "…"
-    return ApiError(400, f"{key} is {shown}: it must be {wanted}", param=key)
-
-
-def read_json(body: bytes) -> Any:
-    """A request's body.
-
-    Raises:
-        ApiError: it is not JSON.
-    """
-    try:
-        return json.loads(body, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        reason = plain_line(str(error))[:200] or type(error).__name__
-        raise ApiError(400, f"the body is not JSON: {reason}") from None
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
 
 
 def read_request(data: Any, limits: Limits, tokenizer: Tokenizer) -> ChatRequest:
@@ -280,148 +135,6 @@ def read_request(data: Any, limits: Limits, tokenizer: Tokenizer) -> ChatRequest
     options.end()
     fields.end()
     return request
-
-
-def read_messages(data: Any) -> list[tuple[str, str]]:
-    """Messages as turns of toolmem's roles; what the system says opens the user's next turn.
-
-    Raises:
-        ApiError: an unknown role, a wrong type, an order that is no dialogue.
-    """
-    if not isinstance(data, list):
-        raise wrong("messages", data, "a list of messages")
-    if not data:
-        raise ApiError(400, "messages is empty: it needs a user's message", param="messages")
-    turns: list[tuple[str, str]] = []
-    system: list[str] = []
-    called: str | None = None  # the id of the call that the next message must answer
-    for index, item in enumerate(data):
-        where = f"messages[{index}]"
-        message = Fields(item, where)
-        role = message.text("role")
-        if role not in ROLES:
-            raise wrong(f"{where}.role", role, f"one of {', '.join(ROLES)}")
-        if (role == "tool") != (called is not None):
-            told = "answer the assistant's tool call" if called else "come after a tool call"
-            raise ApiError(
-                400,
-                f"{where} is a {role}'s: a tool's message must {told}",
-                param=f"{where}.role",
-            )
-        message.text("name")
-        text = read_content(message, required=role != "assistant")
-        if role in ("system", "developer"):
-            system.append(text)
-        elif role == "user":
-            before = [turns.pop()[1]] if turns and turns[-1][0] == "user" else []
-            turns.append(("user", "\n\n".join([*before, *system, text])))
-            system = []
-        elif role == "tool":
-            answers = message.text("tool_call_id")
-            if answers != called:
-                raise wrong(f"{where}.tool_call_id", answers, f"{json.dumps(called)}")
-            turns.append(("database", plain_line(text)))
-            called = None
-        else:
-            if not turns or turns[-1][0] == "assistant":
-                raise ApiError(
-                    400,
-                    f"{where} is the assistant's: it must follow a user's or a tool's message",
-                    param=f"{where}.role",
-                )
-            called, text = read_call(message, text)
-            turns.append(("assistant", text))
-        message.end()
-    last = turns[-1][0] if turns else "system"
-    if system or last == "assistant":
-        said = "the assistant" if last == "assistant" and not system else "the system"
-        raise ApiError(
-            400,
-            f"the last message is from {said}: end with a user's or a tool's",
-            param=f"messages[{len(data) - 1}].role",
-        )
-    return turns
-
-
-def read_content(message: Fields, *, required: bool) -> str:
-    """A message's text: a string, or parts of which each is a text."""
-    value = message.data.pop("content", None)
-    key = message.key("content")
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list):
-        texts = []
-        for index, item in enumerate(value):
-            part = Fields(item, f"{key}[{index}]")
-            if part.text("type") != "text":
-                raise wrong(
-                    f"{key}[{index}].type", item.get("type"), '"text": this model reads only'
-                )
-            texts.append(part.text("text", ""))
-        return "".join(texts)
-    if value is None and not required:
-        return ""
-    raise wrong(key, value, "a string, or a list of text parts")
-
-
-def read_call(message: Fields, text: str) -> tuple[str | None, str]:
-    """An assistant's tool call: its id and the text of the turn; (None, text) without one."""
-    for name in ("refusal", "audio", "function_call", "annotations", "toolmem", "reasoning"):
-        message.data.pop(name, None)
-    calls = message.take("tool_calls", list, "a list", [])
-    if not calls:
-        return None, text
-    where = message.key("tool_calls")
-    if len(calls) > 1:
-        raise ApiError(400, f"{where} has {len(calls)} calls: one at a time", param=where)
-    call = Fields(calls[0], f"{where}[0]")
-    function = Fields(call.take("function", dict, "an object", None), f"{where}[0].function")
-    name = call.text("id")
-    if not name:
-        raise wrong(call.key("id"), name, "the call's id")
-    key = function.key("arguments")
-    arguments = function.text("arguments", "")
-    try:
-        values = json.loads(arguments)
-    except (ValueError, RecursionError):
-        values = None
-    texts = list(values.values()) if isinstance(values, dict) else []
-    if len(texts) != 1 or not isinstance(texts[0], str):
-        raise wrong(key, arguments, "a JSON object with one text, as the model's call had it")
-    # The turn as the model wrote it, where its text came back with the call.
-    return name, text if text and extract_query(text) == texts[0] else texts[0]
-
-
-def read_tools(data: Any) -> tuple[ClientTool, ...]:
-    """The client's tools, each of which must take one text."""
-    if data is None:
-        return ()
-    if not isinstance(data, list):
-        raise wrong("tools", data, "a list")
-    tools = []
-    for index, item in enumerate(data):
-        tool = Fields(item, f"tools[{index}]")
-        if tool.text("type") != "function":
-            raise wrong(tool.key("type"), item.get("type"), '"function"')
-        function = Fields(tool.data.pop("function", None), tool.key("function"))
-        name = function.text("name")
-        if not name:
-            raise wrong(function.key("name"), name, "the function's name")
-        parameters = function.take("parameters", dict, "a JSON schema", {})
-        properties = parameters.get("properties") or {"query": {}}
-        required = parameters.get("required") or []
-        if not isinstance(properties, dict) or not isinstance(required, list):
-            raise wrong(function.key("parameters"), parameters, "a JSON schema of an object")
-        candidates = list(properties) if len(properties) == 1 else required
-        if len(candidates) != 1 or not isinstance(candidates[0], str):
-            raise ApiError(
-                400,
-                f"{function.key('parameters')} must have one parameter, or require one: the model "
-                "writes one text, its query",
-                param=function.key("parameters"),
-            )
-        tools.append(ClientTool(name, candidates[0]))
-    return tuple(tools)
 
 
 def choose_tools(
