@@ -112,6 +112,7 @@ class Cache:
     """
 
     lengths: Tensor  # (batch,) int64: tokens that each lane holds
+    lengths_checked = False  # whoever made it has seen that lanes are not too long
     spans: (
         Tensor | None
     )  # (batch, max_len + 1) int64: each token's span, -1 for none; last: padding

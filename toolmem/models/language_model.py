@@ -372,8 +372,9 @@ class LanguageModel(nn.Module):
         index = torch.arange(seq, device=tokens.device)
         positions = cache.lengths[:, None] + index
         longest = cache.longest + seq if counts is None else int((cache.lengths + counts).max())
-        self._check_length(longest)
-        cache.check_room(longest)
+        if not cache.lengths_checked:
+            self._check_length(longest)
+            cache.check_room(longest)
         slots = positions
         if counts is not None:
             # Padding goes to the slot that nothing looks at, and takes a position that exists.

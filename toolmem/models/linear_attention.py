@@ -52,7 +52,9 @@ def sequential_memory(
     starts: Tensor | None = None,
     initial: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The rule written plainly, token after token: the reference; arguments as ``chunked_memory``."""
+    """The rule written plainly, token after token: the reference; arguments as ``chunked_memory``. A single
+    token that is compiled goes by it.
+    """
     b, s, h, k = keys.shape
     memory = values.new_zeros(b, h, k, values.shape[-1]) if initial is None else initial
     outputs = []
@@ -260,17 +262,18 @@ class _LinearAttention(nn.Module):
             log_decay = torch.where(real[:, :, None], log_decay, 0.0)
             strength = torch.where(real[:, :, None], strength, 0.0)
         starts = None if context.documents is None else document_starts(context.documents)
-        y, memory = chunked_memory(
-            queries,
-            keys,
-            values,
-            log_decay.to(wide),
-            strength,
-            delta=self.delta,
-            starts=starts,
-            initial=None if cache is None else cache.memory,
-            chunk_size=self.chunk_size,
-        )
+        initial = None if cache is None else cache.memory
+        given = (queries, keys, values, log_decay.to(wide), strength)
+        if s == 1 and torch.compiler.is_compiling():
+            y, memory = sequential_memory(*given, delta=self.delta, starts=starts, initial=initial)
+        else:
+            y, memory = chunked_memory(
+                *given,
+                delta=self.delta,
+                starts=starts,
+                initial=initial,
+                chunk_size=self.chunk_size,
+            )
         if cache is not None:
             cache.memory = memory
         y = F.rms_norm(y, (self.head_dim,), self.norm_weight.to(y.dtype), self.norm_eps)

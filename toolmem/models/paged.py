@@ -236,6 +236,8 @@ class PagedState:
         self.fixed: list[tuple[LaneState, str, Tensor]] = []
         self.initial: list[Tensor] = []
         self.layers = [self._lay_out(layer, n_pages, n_slots) for layer in prototype.layers]
+        none = torch.zeros(0, 1, dtype=torch.int64, device=self.device)
+        self._nothing = none, none[:, 0], ()
 
     def _lay_out(self, state: Any, n_pages: int, n_slots: int) -> Any:
         if state is None:
@@ -290,6 +292,12 @@ class PagedState:
         """Keep what a forward pass has made of the states of one size."""
         for state, name, arena in self.fixed:
             arena.index_copy_(0, slots, getattr(state, name).to(arena.dtype))
+
+    def let_go(self) -> None:
+        """Keep nothing of the last forward pass but what it wrote to pages and slots."""
+        for state, name, arena in self.fixed:
+            setattr(state, name, arena)
+        self.tables.start(*self._nothing)
 
     @functools.cached_property
     def page_bytes(self) -> int:
