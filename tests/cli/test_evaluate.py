@@ -103,6 +103,26 @@ def test_invariant_mode_gives_the_same_dialogues_and_refuses_what_it_cannot(runs
             measure_recall(model, run.tokenizer, questions, **options)
 
 
+def test_compiled_it_says_the_same_and_how_long_that_took(runs, tmp_path, toolmem, monkeypatch):
+    """Traced, and run as it was traced: what inductor makes of it is the matter of another test."""
+    monkeypatch.setattr(
+        "torch._inductor.compile_fx.compile_fx", lambda graph, inputs, config_patches: graph
+    )
+    found = []
+    for compile in ("false", "true"):
+        out = tmp_path / f"{compile}.json"
+        words = ["--checkpoint", runs / "in_tool", "--n_questions", 6, "--batch_size", 3]
+        called = toolmem("evaluate", *words, "--out", out, "--compile", compile)
+        assert called.code == 0, called
+        found.append(json.loads(out.read_text()))
+    assert "2 graphs compiled in" in called.err
+    assert found[0]["recall"] == found[1]["recall"]
+    assert "compile_seconds" not in found[0]
+    assert found[1]["compile_seconds"] > 0 and found[1]["seconds"] > 0
+    refused = toolmem("evaluate", *words, "--compile", "true", "--invariant", "true")
+    assert refused.code == 2 and "leave one out" in refused.err
+
+
 def test_it_is_what_the_library_measures(runs):
     run = package.load(runs / "in_tool")
     direct = measure_recall(

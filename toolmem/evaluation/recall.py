@@ -24,7 +24,7 @@ from toolmem.generation.turns import split_turns
 if TYPE_CHECKING:
     from toolmem.data.dialogues import Dialogue
     from toolmem.data.tokenizers import Tokenizer
-    from toolmem.generation import Generated
+    from toolmem.generation import Engine, Generated
     from toolmem.models import LanguageModel
     from toolmem.tools import Toolbox
 
@@ -222,6 +222,7 @@ def measure_recall(
     batch_size: int = 128,
     max_new_tokens: int | None = None,
     invariant: bool = False,
+    engine: Engine | None = None,
 ) -> RecallResult:
     """Ask every question greedily, tools in the loop, and count the exact answers.
 
@@ -234,6 +235,7 @@ def measure_recall(
         max_new_tokens: tokens that the model may write; what the longest expected dialogue needs,
             and some more, when None.
         invariant: the dialogues do not hang on ``batch_size``, bit for bit (float32 on a CPU; slower).
+        engine: over this model and its tools, asked in the place of one of its own.
 
     Raises:
         ToolmemError: for a model that cannot be run so.
@@ -241,15 +243,19 @@ def measure_recall(
     metric = Recall(list(dict.fromkeys(question.attribute for question in questions)))
     if max_new_tokens is None:
         max_new_tokens = answer_budget(questions, tokenizer)
-    generated = generate(
-        model,
-        tokenizer,
-        [prompt_tokens(question.question, tokenizer) for question in questions],
-        toolbox=toolbox,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        invariant=invariant,
-    )
+    prompts = [prompt_tokens(question.question, tokenizer) for question in questions]
+    if engine is not None:
+        generated = engine.generate(prompts, max_new_tokens=max_new_tokens)
+    else:
+        generated = generate(
+            model,
+            tokenizer,
+            prompts,
+            toolbox=toolbox,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            invariant=invariant,
+        )
     samples = []
     for question, dialogue in zip(questions, generated, strict=True):
         turns = split_turns(dialogue.tokens, tokenizer)
