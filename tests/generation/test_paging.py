@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from test_engine import ARCHITECTURES, talkative
 
 from toolmem.errors import ToolmemError
-from toolmem.generation.paging import NoRoom, Pager
+from toolmem.generation.paging import Pager
+from toolmem.generation.pieces import NoRoom
 from toolmem.generation.prefixes import PrefixTree
 from toolmem.generation.spill import SpillFile
 from toolmem.models import Transformer

@@ -15,7 +15,8 @@ import numpy as np
 
 from toolmem.generation.acceptance import Acceptance
 from toolmem.generation.lanes import Lane, Lanes
-from toolmem.generation.paging import NoRoom, Pager
+from toolmem.generation.paging import Pager
+from toolmem.generation.pieces import NoRoom
 from toolmem.generation.planning import draft_costs, pass_overhead
 from toolmem.generation.prefixes import PrefixTree
 from toolmem.generation.reference import Generated
@@ -127,14 +128,14 @@ class Lifecycle:
         self.row_independent = row_independent
         self.drafter = drafter
         self.acceptance = Acceptance(drafter.max_tokens if drafter is not None else 0)
-        self.draft_costs = functools.cache(
-            functools.partial(draft_costs, model, drafter)
-        )  # by lanes
-        if drafter is not None and not self.acceptance.may_pay(self.draft_costs(1)):
-            log.warning(
-                "%s: drafting takes as long here as what it saves, so nothing is drafted",
-                type(drafter).__name__,
-            )
+        if drafter is not None:
+            drafting: Drafter = drafter
+            self.draft_costs = functools.cache(lambda lanes: draft_costs(model, drafting, lanes))
+            if not self.acceptance.may_pay(self.draft_costs(1)):
+                log.warning(
+                    "%s: drafting takes as long here as what it saves, so nothing is drafted",
+                    type(drafter).__name__,
+                )
         self.wake = wake
         self.both_ways = model.attention_mask == "prefix"
         self.tree: PrefixTree | None = None

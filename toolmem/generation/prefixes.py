@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from toolmem.generation.paging import Branch, Pager, Piece
+from toolmem.generation.paging import Branch, Pager
+from toolmem.generation.pieces import Piece
 
 Key = tuple[tuple[int, ...], tuple[int, ...]]
 

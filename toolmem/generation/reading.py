@@ -11,7 +11,7 @@ from torch import Tensor
 
 from toolmem.generation.lanes import BLOCK, Lane
 from toolmem.generation.lifecycle import Lifecycle
-from toolmem.generation.paging import NoRoom
+from toolmem.generation.pieces import NoRoom
 from toolmem.generation.planning import HELD_STEPS, Pass, budgeted, hold_back, passes
 from toolmem.generation.speculative import (
     ancestors,

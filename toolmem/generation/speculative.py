@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from toolmem.errors import ToolmemError
-from toolmem.generation.paging import Branch, NoRoom, Pager
+from toolmem.generation.paging import Branch, Pager
+from toolmem.generation.pieces import NoRoom
 from toolmem.generation.planning import model_seconds, pass_seconds
 
 if TYPE_CHECKING:
