@@ -110,15 +110,15 @@ def ratio(seconds: dict[str, list[float]], above: str, below: str) -> float:
     return statistics.median(a / b for a, b in pairs)
 
 
-def facts_run(checkpoint: str | None, quick: bool) -> Run:
-    """The in-tool model, trained here unless there is one."""
+def facts_run(checkpoint: str | None, quick: bool, folder: Path | None = None) -> Run:
+    """The in-tool model, trained here, in a folder, unless there is one."""
     if checkpoint is None:
-        folder = tempfile.mkdtemp(prefix="toolmem-generate-")
+        folder = folder or Path(tempfile.mkdtemp(prefix="toolmem-generate-"))
         steps = 40 if quick else 1000
         sizes = ["--model.model.dim", "64", "--model.model.hidden_dim", "192"]
         trainer = ["--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(steps)]
         command = [sys.executable, "-m", "toolmem", "fit", "--config", str(RECIPE)]
-        command += ["--runs", folder, "--name", "facts", *sizes, *trainer]
+        command += ["--runs", str(folder), "--name", "facts", *sizes, *trainer]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         checkpoint = f"{folder}/facts"
     return toolmem.load(checkpoint)
