@@ -96,7 +96,7 @@ def test_dry_run(finished, toolmem, tmp_path):
     sizes = {row["width"]: row["params_total"] for row in rows_of(finished / "out").values()}
     assert "runs: 4, of which 0 have a result" in called.out
     assert f"parameters: {sizes[4]:,} to {sizes[8]:,}, {2 * sum(sizes.values()):,} in" in called.out
-    assert "tokens: at most 1,024" in called.out
+    assert "tokens: 1,024" in called.out
     assert not (tmp_path / "new").exists()
     again = toolmem("sweep", finished / "toy.yaml", "--out", finished / "out", "--dry-run")
     assert "of which 4 have a result" in again.out
@@ -177,6 +177,113 @@ def test_at_least_one_worker(toolmem, tmp_path, words):
     called = toolmem("sweep", recipe, "--out", tmp_path / "out", *words)
     assert called.code == 2
     assert "at least 1" in called.err
+
+
+# ---- searches and halving
+
+
+def flops_sweep(**changes):
+    """FLOPs grow with the width, so that a search for them has one right answer."""
+    return sweep_with(
+        axes={"rows": {"key": "data.batch_size", "values": [4, 8]}},
+        search={
+            "family": {"key": "model.model.dim", "values": [4, 8, 12, 16]},
+            "metric": "flops/total",
+            "reach": 2.5e6,
+        },
+        metrics=["flops/total"],
+        report={"x": "rows"},
+    ) | changes  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_search_finds_the_smallest_and_is_only_drawn_again(toolmem, tmp_path):
+    recipe, out = write_sweep(tmp_path / "toy.yaml", flops_sweep()), tmp_path / "out"
+    called = toolmem("sweep", recipe, "--out", out, "--workers", "1")
+    assert called.code == 0, called.err
+    assert "2 of 2 searches over" in " ".join(called.err.split())
+    rows = rows_of(out)
+    answers = Results(out / "results.duckdb").rows(table="searches")
+    assert len(answers) == 2
+    for answer in answers:
+        runs = [r for r in rows.values() if r["rows"] == answer["rows"]]
+        passed = [r for r in runs if r["flops/total"] >= 2.5e6]
+        best = min(passed, key=lambda r: r["params_total"])
+        assert (answer["status"], answer["run"]) == ("found", best["name"])
+        assert answer["params_total"] == best["params_total"]
+        below = [r["member"] for r in runs if r["flops/total"] < 2.5e6]
+        assert not below or max(below) == best["member"] - 4
+    assert answers[0]["member"] != answers[1]["member"]
+    assert (out / "report.png").is_file()
+    assert "params_total" in called.out
+    before = written_at(out)
+    (out / "results.duckdb").unlink()
+    assert toolmem("sweep", recipe, "--out", out).code == 0
+    assert written_at(out) == before
+    assert Results(out / "results.duckdb").rows(table="searches") == answers
+    dry = toolmem("sweep", recipe, "--out", out, "--dry-run")
+    assert "runs: about 6, at most 6, of which" in dry.out, dry.out
+    assert "FLOPs: about" in dry.out
+    assert "hours on this machine: about" in dry.out
+
+
+def test_a_family_out_of_order_is_refused_before_anything_runs(toolmem, tmp_path):
+    written = flops_sweep()
+    written["search"]["family"]["values"] = [4, 12, 8]
+    recipe = write_sweep(tmp_path / "toy.yaml", written)
+    called = toolmem("sweep", recipe, "--out", tmp_path / "out")
+    assert called.code == 2
+    assert "search.family: 12 has" in called.err
+    assert "and 8, which comes after it" in called.err
+    assert not list((tmp_path / "out").glob("runs/*"))
+
+
+@pytest.mark.slow
+def test_halving_goes_on_from_checkpoints_as_if_it_had_not_paused(toolmem, tmp_path):
+    base = copy.deepcopy(BASE)
+    base["trainer"]["max_steps"] = 8
+    base["model"]["schedule"] = {
+        "class_path": "toolmem.training.WSD", "init_args": {"decay_fraction": 0.9},
+    }  # fmt: skip
+    written = sweep_with(
+        base=base,
+        axes={"lr": {"key": "model.optimizer.lr", "values": [1e-4, 1e-2, 3e-2]}},
+        halving={"axis": "lr", "metric": "val/loss", "rungs": [2, 4], "keep": 0.4},
+        report=None,
+    )
+    recipe, out = write_sweep(tmp_path / "toy.yaml", written), tmp_path / "out"
+    called = toolmem("sweep", recipe, "--out", out, "--workers", "1")
+    assert called.code == 0, called.err
+    rows = sorted(rows_of(out).values(), key=lambda r: r["steps"])
+    assert [(r["steps"], r["stopped"]) for r in rows] == [
+        (2, "halving"), (4, "halving"), (8, None)
+    ]  # fmt: skip
+    assert not list(out.glob("runs/*/checkpoints"))
+    assert rows[2]["tokens"] == 8 * 4 * 16
+
+    plain = write_sweep(tmp_path / "plain.yaml", written | {"halving": None})
+    called = toolmem("sweep", plain, "--out", tmp_path / "plain", "--workers", "1")
+    assert called.code == 0, called.err
+    best = rows[2]["name"]
+    assert rows[2]["val/loss"] == rows_of(tmp_path / "plain")[best]["val/loss"]
+    # what halving left is trained where a grid asks for it
+    assert toolmem("sweep", plain, "--out", out, "--workers", "1").code == 0
+    assert {r["steps"] for r in rows_of(out).values()} == {8}
+    values = {name: r["val/loss"] for name, r in rows_of(out).items()}
+    assert values == {n: r["val/loss"] for n, r in rows_of(tmp_path / "plain").items()}
+
+
+def test_another_sweeps_results_are_refused(finished, toolmem, tmp_path):
+    before = written_at(finished / "out")
+    other = sweep_with(axes={"pairs": {"key": "data.n_pairs", "values": [1, 2]}}, report=None)
+    recipe = write_sweep(tmp_path / "other.yaml", other)
+    for words in ([], ["--dry-run"]):
+        called = toolmem("sweep", recipe, "--out", finished / "out", *words)
+        assert called.code == 2
+        assert "holds results of another sweep, with the axes width, lr" in called.err
+        assert "name another --out" in called.err
+    assert written_at(finished / "out") == before
+    assert len(rows_of(finished / "out")) == 4
 
 
 # ---- killed

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from toolmem.cli import main
-from toolmem.cli.sweep import check
+from toolmem.cli.sweep_plan import check
 from toolmem.recipe_files import set_key
 from toolmem.sweeps import Results, SweepRecipe, expand
 
@@ -40,9 +40,9 @@ def test_each_sweep_is_known_here():
 
 @pytest.mark.parametrize("name", CUT)
 def test_every_value_is_one_that_fit_takes(name):
-    runs = expand(SweepRecipe.read(FOLDER / f"{name}.yaml"))
-    assert len(runs) > 8
-    check(runs)
+    sweep = SweepRecipe.read(FOLDER / f"{name}.yaml")
+    assert len(expand(sweep)) > 8
+    check(sweep)
 
 
 @pytest.mark.slow

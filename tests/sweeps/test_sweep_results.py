@@ -12,7 +12,7 @@ from sweep_toys import row
 
 from toolmem.errors import ToolmemError
 from toolmem.sweeps.folder import SweepFolder
-from toolmem.sweeps.outcome import Logged, RunClock
+from toolmem.sweeps.outcome import Logged, RunClock, result_row
 from toolmem.sweeps.results import Results
 
 
@@ -144,3 +144,21 @@ def test_seconds_count_what_led_to_the_result(tmp_path, monkeypatch):
     assert again.seconds() == 13
     checkpoint.unlink()
     assert RunClock(tmp_path).seconds() == 0
+
+
+def test_by_what_a_run_was_judged_at_rungs(tmp_path):
+    (tmp_path / "a").mkdir()
+    log = "step,val/loss,train/loss\n10,3.0,\n15,2.5,\n20,2.0,\n40,4.0,\n"
+    (tmp_path / "a" / "metrics.csv").write_text(log)
+    job = {
+        "name": "a", "seed": 0, "settings": {}, "recipe": {}, "metrics": {"val/loss": "last"},
+        "runs": str(tmp_path), "judged": ["val/loss", [10, 20]],
+    }  # fmt: skip
+    assert result_row(job, seconds=1, threads=1)["judged"] == {"10": 3.0, "20": 2.0}
+    paused = result_row(job | {"until": 10}, seconds=1, threads=1, stopped="halving")
+    assert (paused["judged"], paused["stopped"]) == ({"10": 3.0}, "halving")
+    job["metrics"] = {"val/loss": "min"}
+    assert result_row(job, seconds=1, threads=1)["judged"] == {"10": 3.0, "20": 2.0}
+    results = Results(tmp_path / "results.duckdb")
+    results.write([paused])
+    assert results.rows()[0]["judged"] == {"10": 3.0}

@@ -270,9 +270,7 @@ def write_sweep_report(
     assert report is not None
     points = all_points(rows, report)
     figure = draw(points, sweep)
-    for kind in ("png", "svg"):
-        with atomic_path(Path(folder) / f"report.{kind}") as temporary:
-            figure.savefig(temporary, format=kind, dpi=160, bbox_inches="tight")
+    save_pictures(figure, folder)
     heads, cells = table_of(points, sweep)
     done = [row for row in rows if row["status"] == "done"]
     seconds = sum(row["seconds"] or 0 for row in done)
@@ -290,14 +288,22 @@ def write_sweep_report(
             ("command", command),
             ("seeds", ", ".join(map(str, sweep.seeds))),
             ("seconds of training, all runs", f"{seconds:,.0f}"),
-            ("threads a run", _distinct(done, "threads")),
-            ("toolmem", _distinct(done, "toolmem_version")),
-            ("commit", _distinct(done, "git_commit")),
+            ("threads a run", distinct(done, "threads")),
+            ("toolmem", distinct(done, "toolmem_version")),
+            ("commit", distinct(done, "git_commit")),
         ],
     )
     return heads, cells
 
 
-def _distinct(rows: Sequence[Mapping[str, Any]], column: str) -> str:
+def save_pictures(figure: Figure, folder: str | Path) -> None:
+    """Write ``report.png`` and ``report.svg``."""
+    for kind in ("png", "svg"):
+        with atomic_path(Path(folder) / f"report.{kind}") as temporary:
+            figure.savefig(temporary, format=kind, dpi=160, bbox_inches="tight")
+
+
+def distinct(rows: Sequence[Mapping[str, Any]], column: str) -> str:
+    """The different values of a column."""
     found = dict.fromkeys(str(row[column]) for row in rows if row.get(column) is not None)
     return ", ".join(found) or "unknown"

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolmem.cli.functions import call, quiet
+from toolmem.cli.functions import call
 from toolmem.console import stderr, stdout
 from toolmem.errors import ToolmemError
 
 if TYPE_CHECKING:
     from toolmem.sweeps.folder import SweepFolder
-    from toolmem.sweeps.grid import Planned
+    from toolmem.sweeps.plans import Plan
     from toolmem.sweeps.recipe import SweepRecipe
-    from toolmem.sweeps.runner import State, SweepRunner
 
 EXAMPLE = "toolmem sweep recipes/sweeps/mqar.yaml --out sweeps/mqar"
 FLAGS = {"--dry-run": "--dry_run=true", "--retry-failed": "--retry_failed=true"}
@@ -47,32 +45,35 @@ def sweep(
     Raises:
         ToolmemError: for a recipe that cannot be, or a folder in which another sweep runs.
     """
+    from toolmem.cli.sweep_plan import check, show_plan
+    from toolmem.cli.sweep_progress import train_all
     from toolmem.sweeps.folder import SweepFolder
-    from toolmem.sweeps.grid import expand
+    from toolmem.sweeps.plans import make_plan
     from toolmem.sweeps.recipe import SweepRecipe
     from toolmem.sweeps.runner import SweepRunner
 
     read = SweepRecipe.read(recipe)
-    runs = expand(read)
+    plan = make_plan(read)
     folder = SweepFolder(Path(out))
     n_workers = cores() if workers is None else workers
-    runner = SweepRunner(read, runs, folder, WORKER, n_workers)
+    runner = SweepRunner(read, plan, folder, WORKER, n_workers)
     if dry_run:
-        check(runs)
-        show_plan(runs, folder)
+        runner.check_folder()
+        check(read)
+        show_plan(read, plan, folder, n_workers)
         return
     with folder.locked() as lock:
-        todo = runner.take_stock(retry_failed)
-        check(todo)
+        if runner.take_stock(retry_failed):
+            check(read)
         keep_recipe(recipe, folder)
         try:
-            train_all(runner, todo, lock)
+            train_all(runner, lock)
         except KeyboardInterrupt:
             stderr().print(
                 f"{runner.state.to_go} runs are left: the same command goes on with them"
             )
             raise
-        finish(read, runs, folder, recipe)
+        finish(read, plan, folder, recipe)
 
 
 def cores() -> int:
@@ -89,170 +90,14 @@ def keep_recipe(recipe: str, folder: SweepFolder) -> None:
     write_text(folder.path / "sweep.yaml", Path(recipe).read_text(encoding="utf-8"))
 
 
-# ---- before training
-
-
-def check(runs: Sequence[Planned]) -> None:
-    """Refuse what cannot be trained before anything is: every value of every axis, every model.
-
-    Raises:
-        ToolmemError: naming the run and the key.
-    """
-    for run in covering(runs):
-        try:
-            check_recipe(run.recipe)
-        except ToolmemError as error:
-            raise ToolmemError(f"{run.name}: {error}") from error
-    model_sizes(runs)
-
-
-def covering(runs: Sequence[Planned]) -> list[Planned]:
-    """A few of the runs, in which every value of every axis comes up."""
-    seen: set[tuple[str, str]] = set()
-    chosen = []
-    for run in runs:
-        values = {(axis, repr(label)) for axis, label in run.settings.items()}
-        if not values <= seen:
-            seen |= values
-            chosen.append(run)
-    return chosen
-
-
-def check_recipe(recipe: dict[str, Any]) -> None:
-    """Parse a recipe as ``toolmem fit`` does.
-
-    Raises:
-        ToolmemError: for what it refuses.
-    """
-    import tempfile
-
-    from toolmem.cli.fit import run
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "recipe.yaml"
-        path.write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
-        try:
-            with quiet():
-                run("fit", ["fit", "--config", str(path), "--print_config"])
-        except SystemExit:
-            return
-
-
-def model_sizes(runs: Sequence[Planned]) -> dict[str, int]:
-    """Parameters of each run's model; every distinct model is made once.
-
-    Raises:
-        ToolmemError: for a model that cannot be, naming the run.
-    """
-    from toolmem.cli.inspect_recipe import build
-
-    sizes: dict[str, int] = {}
-    by_model: dict[str, int] = {}
-    for run in runs:
-        model = run.recipe.get("model") or {}
-        key = json.dumps([model.get("model"), data_shape(run.recipe)], sort_keys=True, default=str)
-        if key not in by_model:
-            try:
-                model = build(run.recipe, "its recipe")
-            except ToolmemError as error:
-                raise ToolmemError(f"{run.name}: {error}") from error
-            by_model[key] = sum(p.numel() for p in model.parameters())
-        sizes[run.name] = by_model[key]
-    return sizes
-
-
-def data_shape(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The recipe's data but for its seed, which no model depends on."""
-    from toolmem.recipe_files import flattened
-
-    data = flattened(recipe.get("data") or {})
-    return {key: value for key, value in data.items() if key.rpartition(".")[2] != "seed"}
-
-
-def tokens_of(recipe: dict[str, Any]) -> int | None:
-    """Tokens that a run trains on, where its recipe tells; None where rows differ in length."""
-    from toolmem.recipe_files import get_key
-
-    keys = ("trainer.max_steps", "data.batch_size", "data.seq_len")
-    numbers = [get_key(recipe, key) for key in keys]
-    accumulated = get_key(recipe, "trainer.accumulate_grad_batches", 1)
-    if not all(isinstance(number, int) and number > 0 for number in [*numbers, accumulated]):
-        return None
-    steps, batch_size, seq_len = numbers
-    return steps * batch_size * seq_len * accumulated
-
-
-def show_plan(runs: Sequence[Planned], folder: SweepFolder) -> None:
-    """Print what the sweep would train."""
-    sizes = model_sizes(runs)
-    known = folder.results.status()
-    done = sum(folder.result(run.name) is not None or run.name in known for run in runs)
-    tokens = [tokens_of(run.recipe) for run in runs]
-    smallest, largest = min(sizes.values()), max(sizes.values())
-    total = sum(n for n in tokens if n is not None)
-    unknown = sum(n is None for n in tokens)
-    lines = [
-        f"runs: {len(runs):,}, of which {done:,} have a result",
-        f"parameters: {smallest:,} to {largest:,}, {sum(sizes.values()):,} in all runs",
-        f"tokens: at most {total:,}"
-        + (
-            f", and those of {unknown:,} runs that do not tell their rows' length"
-            if unknown
-            else ""
-        ),
-    ]
-    for line in lines:
-        stdout().print(line, highlight=False, soft_wrap=True)
-
-
-# ---- training
-
-
-def train_all(runner: SweepRunner, todo: Sequence[Planned], lock: int) -> None:
-    """Train with a live display on stderr."""
-    from rich import progress
-
-    columns = (
-        progress.TextColumn("{task.fields[counts]}"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TimeElapsedColumn(),
-        progress.TextColumn("{task.fields[left]}"),
-        progress.TextColumn("[dim]{task.fields[running]}"),
-    )
-    with progress.Progress(*columns, console=stderr()) as bar:
-        task = bar.add_task("", total=runner.state.total, counts="", left="", running="")
-
-        def watch(state: State) -> None:
-            bar.update(
-                task,
-                completed=state.done + state.failed,
-                counts=f"{state.done} done, {state.failed} failed, {state.to_go} to go",
-                left=time_left(state),
-                running=" ".join(state.running),
-            )
-
-        watch(runner.state)
-        runner.run(todo, lock, watch)
-
-
-def time_left(state: State) -> str:
-    """How long the rest may take, by the mean of the runs so far."""
-    if not state.seconds or not state.to_go:
-        return ""
-    mean = sum(state.seconds.values()) / len(state.seconds)
-    seconds = round(mean * state.to_go / state.workers)
-    return f"about {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
-
-
-# ---- afterwards
-
-
-def finish(read: SweepRecipe, runs: Sequence[Planned], folder: SweepFolder, recipe: str) -> None:
+def finish(read: SweepRecipe, plan: Plan, folder: SweepFolder, recipe: str) -> None:
     """Print the results, and draw the plot."""
     from toolmem.analysis.sweep_plot import write_sweep_report
+    from toolmem.sweeps.recipe import HALVED
+    from toolmem.sweeps.search import SearchPlan
 
-    rows = folder.results.rows([run.name for run in runs])
+    by_name = {row["name"]: row for row in folder.results.rows()}
+    rows = plan.mine(by_name)
     failed = [row for row in rows if row["status"] == "failed"]
     for row in failed[:10]:
         stderr().print(f"failed: {row['name']}: {row['error']}", style="red", markup=False)
@@ -263,16 +108,47 @@ def finish(read: SweepRecipe, runs: Sequence[Planned], folder: SweepFolder, reci
         )
     if len(failed) == len(rows):
         raise ToolmemError(f"every run failed, the first so: {failed[0]['error']}")
+    command = f"toolmem sweep {shlex.quote(recipe)} --out {shlex.quote(str(folder.path))}"
+    if isinstance(plan, SearchPlan):
+        finish_search(read, plan.answers(by_name), rows, folder, command)
+        return
+    if read.halving is not None:
+        rows = [row for row in rows if row["stopped"] != HALVED]
     if read.report is None:
-        heads = [*(axis.name for axis in read.axes), "seed", "status", *read.metrics, "seconds"]
+        heads = [*(axis.name for axis in read.varying), "seed", "status", *read.metrics, "seconds"]
         show_table(read.name, heads, [[cell(row.get(head)) for head in heads] for row in rows])
         stdout().print(f"{folder.results.path} has every run", highlight=False, soft_wrap=True)
         return
-    command = f"toolmem sweep {shlex.quote(recipe)} --out {shlex.quote(str(folder.path))}"
     heads, cells = write_sweep_report(folder.path, read, rows, command)
     show_table(read.report.title or read.name, heads, cells)
     stdout().print(
         f"{folder.path / 'report.html'} has the plot, {folder.results.path} every run",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+def finish_search(
+    read: SweepRecipe,
+    searches: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any]],
+    folder: SweepFolder,
+    command: str,
+) -> None:
+    """Print what the searches found, and draw the plot."""
+    from toolmem.analysis.search_plot import write_search_report
+
+    if read.report is None:
+        columns = ("seed", "reach", "status", "member", "params_total", "value", "runs_trained")
+        heads = [*(axis.name for axis in read.axes), *columns]
+        show_table(read.name, heads, [[cell(row.get(head)) for head in heads] for row in searches])
+    else:
+        heads, cells = write_search_report(folder.path, read, searches, rows, command)
+        show_table(read.report.title or read.name, heads, cells)
+        stdout().print(
+            f"{folder.path / 'report.html'} has the plot", highlight=False, soft_wrap=True
+        )
+    stdout().print(
+        f"{folder.results.path} has every run in the table runs, every answer in searches",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
 

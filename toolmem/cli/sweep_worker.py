@@ -17,11 +17,17 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from toolmem.errors import ToolmemError
 
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
 FLOPS = "toolmem.training.Flops"
+STOP_AT = "toolmem.training.callbacks.StopAt"
+# how torch's allocators and the C library say so
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
 
 
 def fit_config(job: dict[str, Any]) -> dict[str, Any]:
@@ -34,6 +40,8 @@ def fit_config(job: dict[str, Any]) -> dict[str, Any]:
     if FLOPS not in [callback.get("class_path") for callback in callbacks]:
         # Utilisation would take time to measure, and mean little beside other workers.
         callbacks.append({"class_path": FLOPS, "init_args": {"utilisation": False}})
+    if job.get("until") is not None:
+        callbacks.append({"class_path": STOP_AT, "init_args": {"step": job["until"]}})
     trainer["callbacks"] = callbacks
     return {**config, "name": job["name"], "runs": job["runs"], "resume": "auto"}
 
@@ -47,18 +55,51 @@ def train(job: dict[str, Any], threads: int) -> None:
     folder = Path(job["runs"]) / job["name"]
     folder.mkdir(parents=True, exist_ok=True)
     clock = RunClock(folder)
-    error = model = None
+    error = model = stopped = None
     with output_to(folder / "log.txt"):
         try:
-            model = run("fit", fit_config(job)).model.model
+            fitted = run("fit", fit_config(job))
+            model = fitted.model.model
+            stopped = why_stopped(fitted.trainer, job.get("until"))
         except ToolmemError as refused:
             error = str(refused)
             print(f"toolmem fit: {error}", file=sys.stderr)
         except (Exception, SystemExit) as failure:
             traceback.print_exc()
-            error = f"{type(failure).__name__}: {failure}"
-    row = result_row(job, seconds=clock.seconds(), threads=threads, error=error, model=model)
+            error = explain(failure)
+    row = result_row(
+        job, seconds=clock.seconds(), threads=threads, error=error, model=model, stopped=stopped
+    )
     write_json(folder / "result.json", row)
+
+
+def why_stopped(trainer: Trainer, until: int | None) -> str | None:
+    """Why a run ended before its last step; None when it did not, or for reasons of its own.
+
+    Args:
+        trainer: that has trained it.
+        until: the step at which it was to pause.
+    """
+    from toolmem.sweeps.recipe import HALVED
+    from toolmem.training import RecallProbe
+
+    probes = [one for one in trainer.callbacks if isinstance(one, RecallProbe)]  # type: ignore[attr-defined]
+    for probe in probes:
+        if probe.ended is not None:
+            return probe.ended
+    return (
+        HALVED if until is not None and until <= trainer.global_step < trainer.max_steps else None
+    )
+
+
+def explain(failure: BaseException) -> str:
+    """An error as a row of results tells it."""
+    text = f"{type(failure).__name__}: {failure}"
+    if isinstance(failure, MemoryError) or any(word in text.lower() for word in OUT_OF_MEMORY):
+        return (
+            f"out of memory: make the model or the batch smaller, or take fewer --workers ({text})"
+        )
+    return text
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from toolmem._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        "Axis": "toolmem.sweeps.recipe",
+        "Axis": "toolmem.sweeps.axes",
         "Planned": "toolmem.sweeps.grid",
         "Results": "toolmem.sweeps.results",
         "SweepRecipe": "toolmem.sweeps.recipe",

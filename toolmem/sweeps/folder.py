@@ -59,8 +59,15 @@ class SweepFolder:
         """
         try:
             return json.loads((self.runs / name / "result.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
+
+    def left_results(self) -> Iterator[dict[str, Any]]:
+        """What all runs of the folder have handed over."""
+        if self.runs.is_dir():
+            for path in sorted(self.runs.iterdir()):
+                if (found := self.result(path.name)) is not None:
+                    yield found
 
     def forget(self, name: str) -> None:
         """Remove a run's result and checkpoints, so that it starts anew."""

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from toolmem.errors import ToolmemError
 from toolmem.recipe_files import set_key
-from toolmem.sweeps.recipe import SweepRecipe
+from toolmem.sweeps.recipe import MEMBER, SweepRecipe
 
 # What the sweep itself decides of a run, whatever a recipe says.
 OWN_KEYS = ("name", "runs", "resume", "ckpt_path")
@@ -36,38 +35,62 @@ class Planned:
     recipe: dict[str, Any]
 
 
-def expand(sweep: SweepRecipe) -> list[Planned]:
-    """Every run of a sweep: seeds outermost, then the axes in their order, the last one fastest.
+def expand(sweep: SweepRecipe, seeds: Sequence[int] | None = None) -> list[Planned]:
+    """Every run that a sweep may need: seeds outermost, then the axes in their order, the last one fastest.
+
+    Of a search these are its whole family, of which it trains a few, with further seeds where it needs
+    them.
 
     Args:
         sweep: what varies.
+        seeds: these alone; all when None.
 
     Raises:
         ToolmemError: for a key that leads nowhere, or two settings that are the same run.
     """
+    members = (
+        [{}] if sweep.search is None else [{MEMBER: one} for one in sweep.search.family.values]
+    )
+    by_recipe: dict[str, Planned] = {}
+    for seed in sweep.seeds if seeds is None else seeds:
+        for combination in sweep.combinations:
+            for member in members:
+                run = make_run(sweep, combination | member, seed)
+                number = fingerprint(run.recipe)
+                if number in by_recipe:
+                    raise ToolmemError(
+                        f"axes: {run.name} and {by_recipe[number].name} are the same recipe: a value of "
+                        "an axis is written over by a later one, or a value is there twice"
+                    )
+                by_recipe[number] = run
+    return list(by_recipe.values())
+
+
+def make_run(sweep: SweepRecipe, settings: Mapping[str, Any], seed: int) -> Planned:
+    """One run of a sweep.
+
+    Args:
+        sweep: what varies.
+        settings: label by axis; a search's family is the axis ``member``.
+        seed: of the run.
+
+    Raises:
+        ToolmemError: for a key that leads nowhere.
+    """
     for key in OWN_KEYS:
         if key in sweep.base:
             raise ToolmemError(f"base.{key}: the sweep itself decides it, leave it out")
-    runs: dict[str, Planned] = {}
-    by_recipe: dict[str, Planned] = {}
-    for seed in sweep.seeds:
-        for labels in itertools.product(*(axis.values for axis in sweep.axes)):
-            recipe = copy.deepcopy(sweep.base)
-            for axis, label in zip(sweep.axes, labels, strict=True):
-                for key, value in axis.values[label].items():
-                    _set(recipe, key, copy.deepcopy(value), f"axes.{axis.name}")
-            for key in sweep.seed_keys:
-                set_key(recipe, key, seed)
-            settings = {axis.name: label for axis, label in zip(sweep.axes, labels, strict=True)}
-            number = fingerprint(recipe)
-            run = Planned(run_name(settings, seed, number), settings, seed, recipe)
-            if number in by_recipe:
-                raise ToolmemError(
-                    f"axes: {run.name} and {by_recipe[number].name} are the same recipe: a value of an "
-                    "axis is written over by a later one, or a value is there twice"
-                )
-            runs[run.name] = by_recipe[number] = run
-    return list(runs.values())
+    recipe = copy.deepcopy(sweep.base)
+    for axis in sweep.varying:
+        if axis.name not in settings:
+            continue
+        place = f"axes.{axis.name}" if axis in sweep.axes else "search.family"
+        for key, value in axis.values[settings[axis.name]].items():
+            _set(recipe, key, copy.deepcopy(value), place)
+    for key in sweep.seed_keys:
+        set_key(recipe, key, seed)
+    ordered = {axis.name: settings[axis.name] for axis in sweep.varying if axis.name in settings}
+    return Planned(run_name(ordered, seed, fingerprint(recipe)), ordered, seed, recipe)
 
 
 def _set(recipe: dict[str, Any], key: str, value: Any, place: str) -> None:

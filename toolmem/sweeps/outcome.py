@@ -59,15 +59,18 @@ def result_row(
     threads: int,
     error: str | None = None,
     model: LanguageModel | None = None,
+    stopped: str | None = None,
 ) -> dict[str, Any]:
     """The row of a run that is done, or has failed.
 
     Args:
-        job: what the worker was told: name, settings, seed, recipe, metrics, runs.
+        job: what the worker was told: name, settings, seed, recipe, metrics, runs, and of a run that is
+            judged before its end, ``until``, the step, and ``judged``, the metric and all steps.
         seconds: that it took.
         threads: that it had.
         error: why it failed; None when it did not.
         model: what it trained, if it came so far.
+        stopped: why it ended before its last step; None when it did not.
     """
     row: dict[str, Any] = {
         "name": job["name"],
@@ -83,6 +86,7 @@ def result_row(
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "toolmem_version": toolmem.__version__,
         "git_commit": git_commit(),
+        "stopped": stopped,
     }
     if model is not None:
         counts = model.parameter_counts()
@@ -93,6 +97,14 @@ def result_row(
     for column, name in (("tokens", "train/tokens"), ("flops", "flops/total")):
         value = logged.value(name, "last")
         row[column] = int(value) if column == "tokens" and value is not None else value
+    if "judged" in job:
+        metric, steps = job["judged"]
+        last = job.get("until") or max(*steps, row["steps"])
+        row["judged"] = {
+            str(step): logged.value(metric, job["metrics"][metric], until=step)
+            for step in steps
+            if step <= last
+        }
     for name, reduction in job["metrics"].items():
         row[name] = logged.value(name, reduction)
         if error is None and row[name] is None:
@@ -117,9 +129,19 @@ class Logged:
         self.steps = int(self.rows[-1]["step"]) if self.rows else 0
         self.names = list(self.rows[0])[1:] if self.rows else []
 
-    def value(self, name: str, reduction: str) -> float | None:
-        """One number of a metric's column: the ``last``, the ``min`` or the ``max``; None for none."""
-        values = [float(row[name]) for row in self.rows if row.get(name)]
+    def value(self, name: str, reduction: str, until: int | None = None) -> float | None:
+        """One number of a metric's column: the ``last``, the ``min`` or the ``max``; None for none.
+
+        Args:
+            name: the metric.
+            reduction: which.
+            until: the last step that counts; None for all.
+        """
+        values = [
+            float(row[name])
+            for row in self.rows
+            if row.get(name) and (until is None or int(row["step"]) <= until)
+        ]
         if not values:
             return None
         return {"last": values[-1], "min": min(values), "max": max(values)}[reduction]

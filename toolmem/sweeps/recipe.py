@@ -6,6 +6,10 @@ width: {key: model.model.dim, values: [16, 32]}         values of one key
 architecture:                                           or bundles of keys, each with its label
 attention: {model.model.class_path: toolmem.models.Transformer}
 minGRU: {model.model: {class_path: toolmem.models.RNN, init_args: {...}}}
+list: [{width: 16, lr: 1e-3}, ...]       only these combinations of the axes; or
+random: {n: 20, seed: 0}                 so many at random
+search: {family: {...}, metric: recall/exact_match, reach: 0.95}   for each the smallest model that ...
+halving: {axis: lr, metric: val/loss, keep: 0.5, rungs: [200, 400]}  at each rung the worse ones end
 seeds: 3                                 how many, or a list of them
 metrics: [val/loss]                      what is kept of metrics.csv: the last value, or
 {val/loss: min} for the smallest (max, last)
@@ -16,16 +20,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from toolmem.errors import ToolmemError
-from toolmem.recipe_files import read_mapping
+from toolmem.recipe_files import get_key, read_mapping
+from toolmem.sweeps.axes import Axis, combine, parse_axes, parse_axis
+from toolmem.sweeps.checks import (
+    boolean,
+    check_keys,
+    is_number,
+    is_whole,
+    one_of,
+    strings,
+)
 
-KEYS = ("base", "axes", "seeds", "seed_keys", "metrics", "report", "keep_checkpoints")
+KEYS = (
+    "base", "axes", "list", "random", "search", "halving", "seeds", "seed_keys", "metrics", "report",
+    "keep_checkpoints",
+)  # fmt: skip
 REDUCTIONS = ("last", "min", "max")
 MODES = ("min", "max")
 SEED_KEYS = ("seed_everything", "data.seed")
+MEMBER = "member"  # the column of a search's family
 # What every row of results has; an axis or metric cannot be called so.
 COLUMNS = {
     "name": "VARCHAR PRIMARY KEY",
@@ -45,19 +63,10 @@ COLUMNS = {
     "toolmem_version": "VARCHAR",
     "git_commit": "VARCHAR",
 }
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One thing that varies.
-
-    Args:
-        name: how tables and plots call it.
-        values: label -> dotted keys and what they become. A label is a number or a word.
-    """
-
-    name: str
-    values: dict[Any, dict[str, Any]]
+# What rows may have beside: why a run ended before its last step, and by what halving judged it at rungs.
+MORE_COLUMNS = {"stopped": "VARCHAR", "judged": "JSON"}
+HALVED = "halving"  # the run was left, or waits, at a rung
+PARAMETERS = ("params_total", "params_non_embedding")
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,42 @@ class ReportRecipe:
 
 
 @dataclass(frozen=True)
+class SearchRecipe:
+    """For each combination of the axes and each seed: the smallest model that reaches a value.
+
+    Args:
+        family: the models, ordered by their total parameters.
+        metric: that is to be reached.
+        reach: the values, each searched for.
+        check: see whether the member above the one found reaches it too.
+    """
+
+    family: Axis
+    metric: str
+    reach: tuple[float, ...]
+    check: bool = True
+
+
+@dataclass(frozen=True)
+class HalvingRecipe:
+    """Successive halving (arXiv 1502.07943): all values of an axis start, at each rung the worse ones end.
+
+    Args:
+        axis: whose values compete, within each combination of the others, by the mean over seeds.
+        metric: by which.
+        rungs: optimizer steps at which they are judged; the best go on to ``trainer.max_steps``.
+        keep: the share that goes on from each rung, rounded up.
+        mode: is a larger (``max``) or a smaller metric better?
+    """
+
+    axis: str
+    metric: str
+    rungs: tuple[int, ...]
+    keep: float = 0.5
+    mode: str = "min"
+
+
+@dataclass(frozen=True)
 class SweepRecipe:
     """A sweep, as its YAML says it.
 
@@ -91,21 +136,32 @@ class SweepRecipe:
         name: of the sweep.
         base: the recipe that every run starts from.
         axes: what varies, in the order in which they change it.
+        combinations: label by axis, of each setting that is trained.
         seeds: each setting is trained with each.
         seed_keys: dotted keys that a seed is written to.
         metrics: name -> which of its logged values is kept (``last``, ``min``, ``max``).
         report: the plot; None for none.
         keep_checkpoints: keep those of runs that are done; they may fill a disk.
+        search: what is searched for each combination; None when each is one run.
+        halving: which runs are ended early, judged against others; None for none.
     """
 
     name: str
     base: dict[str, Any]
     axes: tuple[Axis, ...]
+    combinations: tuple[dict[str, Any], ...]
     seeds: tuple[int, ...] = (0,)
     seed_keys: tuple[str, ...] = SEED_KEYS
     metrics: dict[str, str] = field(default_factory=lambda: {"val/loss": "last"})
     report: ReportRecipe | None = None
     keep_checkpoints: bool = False
+    search: SearchRecipe | None = None
+    halving: HalvingRecipe | None = None
+
+    @property
+    def varying(self) -> tuple[Axis, ...]:
+        """All axes of a run, a search's family the last."""
+        return self.axes if self.search is None else (*self.axes, self.search.family)
 
     @classmethod
     def read(cls, path: str | Path) -> SweepRecipe:
@@ -132,32 +188,46 @@ class SweepRecipe:
         Raises:
             ToolmemError: for what it cannot be, naming the key.
         """
-        _check_keys("", written, KEYS)
-        axes = _axes(written.get("axes"))
+        check_keys("", written, KEYS)
+        base = _base(written.get("base"), Path(folder))
+        searching = written.get("search") is not None
+        axes: tuple[Axis, ...] = ()
+        if not searching or "axes" in written:
+            axes = parse_axes(written.get("axes"))
+        axes, combinations = combine(axes, written.get("list"), written.get("random"))
         metrics = _metrics(written.get("metrics", ["val/loss"]))
-        for metric in metrics:
-            if metric in {*COLUMNS, *(axis.name for axis in axes)}:
-                raise ToolmemError(f"metrics: {metric!r} is the name of another column of results")
+        _check_names(axes, metrics, searching)
+        search = _search(written["search"], metrics, base) if searching else None
+        halving = _halving(written.get("halving"), axes, metrics, base)
+        if search is not None and halving is not None:
+            raise ToolmemError("search and halving are both there: keep one of them")
         report = written.get("report")
+        names = [axis.name for axis in axes]
+        if report is not None:
+            report = _report(report, names, PARAMETERS if searching else tuple(metrics), searching)
         return cls(
             name,
-            _base(written.get("base"), Path(folder)),
+            base,
             axes,
+            combinations,
             _seeds(written.get("seeds", 1)),
-            _strings(written.get("seed_keys", list(SEED_KEYS)), "seed_keys"),
+            strings(written.get("seed_keys", list(SEED_KEYS)), "seed_keys"),
             metrics,
-            None if report is None else _report(report, [axis.name for axis in axes], metrics),
-            _boolean(written.get("keep_checkpoints", False), "keep_checkpoints"),
+            report,
+            boolean(written.get("keep_checkpoints", False), "keep_checkpoints"),
+            search,
+            halving,
         )
 
 
-def _check_keys(place: str, written: Any, known: Sequence[str]) -> None:
-    if not isinstance(written, Mapping):
-        raise ToolmemError(f"{place} is {written!r}: give it as keys ({', '.join(known)})")
-    for key in written:
-        if key not in known:
-            where = f"{place}.{key}" if place else f"{key}"
-            raise ToolmemError(f"{where}: a sweep has no such key; choose from {', '.join(known)}")
+def _check_names(axes: Sequence[Axis], metrics: Mapping[str, str], searching: bool) -> None:
+    taken = {*COLUMNS, *MORE_COLUMNS, *((MEMBER,) if searching else ())}
+    for axis in axes:
+        if axis.name in taken:
+            raise ToolmemError(f"axes.{axis.name}: every result has a column of this name already")
+    for metric in metrics:
+        if metric in {*taken, *(axis.name for axis in axes)}:
+            raise ToolmemError(f"metrics: {metric!r} is the name of another column of results")
 
 
 def _base(written: Any, folder: Path) -> dict[str, Any]:
@@ -166,52 +236,6 @@ def _base(written: Any, folder: Path) -> dict[str, Any]:
     if isinstance(written, dict) and written:
         return written
     raise ToolmemError("base is missing: name a recipe's file, or write the recipe itself")
-
-
-def _axes(written: Any) -> tuple[Axis, ...]:
-    if not isinstance(written, Mapping) or not written:
-        raise ToolmemError("axes is empty: name at least one thing that varies, with its values")
-    axes = tuple(_axis(str(name), values) for name, values in written.items())
-    for axis in axes:
-        if axis.name in COLUMNS:
-            raise ToolmemError(f"axes.{axis.name}: every result has a column of this name already")
-    return axes
-
-
-def _axis(name: str, written: Any) -> Axis:
-    place = f"axes.{name}"
-    if not isinstance(written, Mapping):
-        raise ToolmemError(
-            f"{place} is {written!r}: write {{key: model.model.dim, values: [...]}}, or each label "
-            "with the keys that it sets"
-        )
-    if "values" in written or "key" in written:
-        _check_keys(place, written, ("key", "values"))
-        key, values = written.get("key"), written.get("values")
-        if not isinstance(key, str) or not key:
-            raise ToolmemError(f"{place}.key is {key!r}: name the dotted key that varies")
-        if not isinstance(values, list) or not values:
-            raise ToolmemError(f"{place}.values is {values!r}: give a list of values")
-        bundles = {_label(place, value): {key: value} for value in values}
-        if len(bundles) < len(values):
-            raise ToolmemError(f"{place}.values names a value twice: {values}")
-        return Axis(name, bundles)
-    if not written:
-        raise ToolmemError(f"{place} is empty: give it at least one value")
-    for label, keys in written.items():
-        if not isinstance(keys, Mapping):
-            raise ToolmemError(
-                f"{place}.{label} is {keys!r}: give the dotted keys that it sets, or write the axis "
-                "as {key: ..., values: [...]}"
-            )
-    return Axis(name, {_label(place, label): dict(keys) for label, keys in written.items()})
-
-
-def _label(place: str, value: Any) -> Any:
-    """How a value is called: numbers, words and truth values as they are."""
-    if isinstance(value, str | int | float | bool) or value is None:
-        return value
-    raise ToolmemError(f"{place}: {value!r} needs a label: write it as label: {{key: value}}")
 
 
 def _seeds(written: Any) -> tuple[int, ...]:
@@ -235,14 +259,64 @@ def _metrics(written: Any) -> dict[str, str]:
     return {str(name): str(kept) for name, kept in written.items()}
 
 
-def _report(written: Any, axes: Sequence[str], metrics: Mapping[str, str]) -> ReportRecipe:
-    _check_keys("report", written, tuple(ReportRecipe.__dataclass_fields__))
+def _search(written: Any, metrics: Mapping[str, str], base: dict[str, Any]) -> SearchRecipe:
+    check_keys("search", written, tuple(SearchRecipe.__dataclass_fields__))
+    family = parse_axis("search.family", MEMBER, written.get("family"))
+    if len(family.values) < 2:
+        raise ToolmemError("search.family: name at least two models, the smallest first")
+    metric = one_of(written.get("metric"), "search.metric", tuple(metrics))
+    reach = written.get("reach")
+    values = reach if isinstance(reach, list) else [reach]
+    if not values or not all(map(is_number, values)) or len(set(values)) < len(values):
+        raise ToolmemError(f"search.reach is {reach!r}: give a number, or a list of different ones")
+    stop_at = get_key(base, "recall.stop_at")
+    if metric == "recall/exact_match" and is_number(stop_at) and stop_at < max(values):
+        raise ToolmemError(
+            f"search.reach: runs end at recall.stop_at {stop_at}, before they can reach {max(values)}: "
+            "raise it, or leave it out"
+        )
+    check = boolean(written.get("check", True), "search.check")
+    return SearchRecipe(family, metric, tuple(map(float, values)), check)
+
+
+def _halving(
+    written: Any, axes: Sequence[Axis], metrics: Mapping[str, str], base: dict[str, Any]
+) -> HalvingRecipe | None:
+    if written is None:
+        return None
+    check_keys("halving", written, tuple(HalvingRecipe.__dataclass_fields__))
+    axis = one_of(written.get("axis"), "halving.axis", [one.name for one in axes])
+    metric = one_of(written.get("metric"), "halving.metric", tuple(metrics))
+    keep = written.get("keep", 0.5)
+    if not (is_number(keep) and 0 < keep < 1):
+        raise ToolmemError(f"halving.keep is {keep!r}: give a share above 0 and below 1")
+    rungs = written.get("rungs")
+    last = get_key(base, "trainer.max_steps")
+    if not (isinstance(rungs, list) and rungs and all(is_whole(step, 1) for step in rungs)):
+        raise ToolmemError(f"halving.rungs is {rungs!r}: list the steps at which runs are judged")
+    if any(later <= step for step, later in pairwise(rungs)):
+        raise ToolmemError(f"halving.rungs is {rungs!r}: each must be later than the one before")
+    if not is_whole(last, 1) or last <= rungs[-1]:
+        raise ToolmemError(
+            f"halving.rungs ends at {rungs[-1]}, base.trainer.max_steps is {last}: rungs come before it"
+        )
+    mode = one_of(written.get("mode", "min"), "halving.mode", MODES)
+    return HalvingRecipe(axis, metric, tuple(rungs), float(keep), mode)
+
+
+def _report(
+    written: Any, axes: Sequence[str], metrics: Sequence[str], searching: bool
+) -> ReportRecipe:
+    check_keys("report", written, tuple(ReportRecipe.__dataclass_fields__))
     metric, x, line = (written.get(key) for key in ("metric", "x", "line"))
+    if searching:
+        metric = metric or metrics[0]
     if metric not in metrics:
         raise ToolmemError(
-            f"report.metric is {metric!r}: choose from metrics ({', '.join(metrics)})"
+            f"report.metric is {metric!r}: choose from "
+            + (", ".join(metrics) if searching else f"metrics ({', '.join(metrics)})")
         )
-    best_over = _strings(written.get("best_over", []), "report.best_over")
+    best_over = strings(written.get("best_over", []), "report.best_over")
     for key, name in (("x", x), ("line", line), *(("best_over", name) for name in best_over)):
         if name not in axes and not (key == "line" and name is None):
             raise ToolmemError(f"report.{key} is {name!r}: choose from axes ({', '.join(axes)})")
@@ -254,22 +328,8 @@ def _report(written: Any, axes: Sequence[str], metrics: Mapping[str, str]) -> Re
             f"report: the axis {rest[0]} is neither x nor line nor in best_over: points of its values "
             "would fall together"
         )
-    mode = written.get("mode", "max")
-    if mode not in MODES:
-        raise ToolmemError(f"report.mode is {mode!r}: choose from {', '.join(MODES)}")
+    mode = one_of(written.get("mode", "min" if searching else "max"), "report.mode", MODES)
     log_x = written.get("log_x")
     if log_x is not None:
-        _boolean(log_x, "report.log_x")
+        boolean(log_x, "report.log_x")
     return ReportRecipe(metric, x, line, mode, best_over, written.get("title"), log_x)
-
-
-def _strings(written: Any, key: str) -> tuple[str, ...]:
-    if isinstance(written, list) and all(isinstance(name, str) for name in written):
-        return tuple(written)
-    raise ToolmemError(f"{key} is {written!r}: give a list of names")
-
-
-def _boolean(written: Any, key: str) -> bool:
-    if isinstance(written, bool):
-        return written
-    raise ToolmemError(f"{key} is {written!r}: it is true or false")

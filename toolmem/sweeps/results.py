@@ -14,17 +14,39 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolmem.errors import ToolmemError
-from toolmem.sweeps.recipe import COLUMNS
+from toolmem.sweeps.recipe import COLUMNS, MORE_COLUMNS
 
 if TYPE_CHECKING:
     import duckdb
 
 TABLE = "runs"
+SEARCH_COLUMNS = {
+    "name": "VARCHAR PRIMARY KEY",
+    "status": "VARCHAR",
+    "seed": "BIGINT",
+    "settings": "JSON",
+    "metric": "VARCHAR",
+    "reach": "DOUBLE",
+    "member": "VARCHAR",
+    "value": "DOUBLE",
+    "run": "VARCHAR",
+    "params_total": "BIGINT",
+    "params_non_embedding": "BIGINT",
+    "steps": "BIGINT",
+    "tokens": "BIGINT",
+    "flops": "DOUBLE",
+    "seconds": "DOUBLE",
+    "monotone": "BOOLEAN",
+    "runs_trained": "BIGINT",
+    "runs_failed": "BIGINT",
+    "seconds_of_all": "DOUBLE",
+}
+TABLES = {TABLE: COLUMNS, "searches": SEARCH_COLUMNS}
 PATIENCE = 10.0  # seconds that a reader may keep the file from us
 
 
 class Results:
-    """The table ``runs`` of a DuckDB file.
+    """The tables ``runs`` and ``searches`` of a DuckDB file.
 
     Args:
         path: the file; made when the first row is written.
@@ -33,11 +55,12 @@ class Results:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
-    def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def write(self, rows: Sequence[Mapping[str, Any]], table: str = TABLE) -> None:
         """Write rows, each in place of one of the same name; new columns are added.
 
         Args:
-            rows: value by column; those of ``COLUMNS``, and one for each axis and metric.
+            rows: value by column; those of the table, and one for each axis and metric.
+            table: ``runs`` or ``searches``.
 
         Raises:
             ToolmemError: when the file is something else, or others keep it open.
@@ -47,37 +70,38 @@ class Results:
         connection = self._open()
         try:
             connection.begin()
+            types = self._columns(connection, table)
             for row in rows:
-                types = self._columns(connection)
                 for name, value in row.items():
-                    self._fit_column(connection, types, name, value)
+                    self._fit_column(connection, table, types, name, value)
                 names = ", ".join(quoted(name) for name in row)
                 places = ", ".join("?" for _ in row)
                 values = [_plain(value, types[name]) for name, value in row.items()]
                 connection.execute(
-                    f"INSERT OR REPLACE INTO {TABLE} ({names}) VALUES ({places})", values
+                    f"INSERT OR REPLACE INTO {table} ({names}) VALUES ({places})", values
                 )
             connection.commit()
         finally:
             connection.close()
 
-    def rows(self, names: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    def rows(self, names: Sequence[str] | None = None, table: str = TABLE) -> list[dict[str, Any]]:
         """Rows as they were written, ``settings`` and ``recipe`` as mappings.
 
         Args:
-            names: of the runs; all when None.
+            names: of the runs or searches; all when None.
+            table: ``runs`` or ``searches``.
         """
         if not self.path.exists():
             return []
         connection = self._open(read_only=True)
         try:
-            found = connection.execute(f"SELECT * FROM {TABLE}")
+            found = connection.execute(f"SELECT * FROM {table}")
             columns = [column[0] for column in found.description or []]
             rows = [dict(zip(columns, values, strict=True)) for values in found.fetchall()]
         finally:
             connection.close()
         for row in rows:
-            for name in ("settings", "recipe"):
+            for name in {"settings", "recipe", "judged"} & row.keys():
                 row[name] = json.loads(row[name]) if row[name] else {}
         if names is None:
             return rows
@@ -111,33 +135,42 @@ class Results:
             connection.close()
             raise ToolmemError(f"{self.path} holds no results of a sweep: name another --out")
         if TABLE in tables:
-            if missing := [name for name in COLUMNS if name not in self._columns(connection)]:
+            there = self._columns(connection, TABLE)
+            if missing := [name for name in COLUMNS if name not in there]:
                 connection.close()
                 raise ToolmemError(
                     f"{self.path}: its table {TABLE} has no column {missing[0]}: it is not of a sweep, "
                     "or of another version; name another --out"
                 )
-        else:
-            columns = ", ".join(f"{quoted(name)} {kind}" for name, kind in COLUMNS.items())
-            connection.execute(f"CREATE TABLE {TABLE} ({columns})")
+        if not read_only:
+            for table, columns in TABLES.items():
+                if table not in tables:
+                    kinds = ", ".join(f"{quoted(name)} {kind}" for name, kind in columns.items())
+                    connection.execute(f"CREATE TABLE {table} ({kinds})")
         return connection
 
     @staticmethod
-    def _columns(connection: duckdb.DuckDBPyConnection) -> dict[str, str]:
-        found = connection.execute(f"PRAGMA table_info('{TABLE}')").fetchall()
+    def _columns(connection: duckdb.DuckDBPyConnection, table: str) -> dict[str, str]:
+        found = connection.execute(f"PRAGMA table_info('{table}')").fetchall()
         return {name: kind for _, name, kind, *_ in found}
 
     @staticmethod
     def _fit_column(
-        connection: duckdb.DuckDBPyConnection, types: dict[str, str], name: str, value: Any
+        connection: duckdb.DuckDBPyConnection,
+        table: str,
+        types: dict[str, str],
+        name: str,
+        value: Any,
     ) -> None:
         """Make sure that a column is there and takes the value."""
-        kind = column_type(value)
+        kind = MORE_COLUMNS.get(name) or column_type(value)
         if name not in types:
-            connection.execute(f"ALTER TABLE {TABLE} ADD COLUMN {quoted(name)} {kind}")
+            connection.execute(f"ALTER TABLE {table} ADD COLUMN {quoted(name)} {kind}")
             types[name] = kind
-        elif name not in COLUMNS and value is not None and (wider := _wider(types[name], kind)):
-            connection.execute(f"ALTER TABLE {TABLE} ALTER {quoted(name)} TYPE {wider}")
+        elif (
+            name not in TABLES[table] and value is not None and (wider := _wider(types[name], kind))
+        ):
+            connection.execute(f"ALTER TABLE {table} ALTER {quoted(name)} TYPE {wider}")
             types[name] = wider
 
 

@@ -100,6 +100,29 @@ def test_training_stops_when_enough_is_recalled(tmp_path, monkeypatch):
     assert module.reported["recall/exact_match"] == (6, 0.75)
     assert module.reported["recall/exact_match/birth_date"] == (6, 0.75)
     assert asked == [5, 5, 5]
+    assert probe.ended == "recall reached"
+
+
+def test_gives_up_what_is_out_of_reach_and_stays_ended_where_it_goes_on(tmp_path):
+    """A model that knows nothing, for all of its rounds; the checkpoint at its end is not trained on."""
+
+    def run(ckpt_path=None, **options):
+        probe = RecallProbe(
+            every_n_steps=2, n_questions=2, n_unseen=0, show=False, stop_at=0.9, **options
+        )
+        torch.manual_seed(0)
+        model = Transformer(260, dim=8, n_layers=1, n_heads=2, max_seq_len=512)
+        trainer = make_trainer(tmp_path, 16, callbacks=[probe], limit_val_batches=0)
+        trainer.fit(make_module(model), facts(), ckpt_path=ckpt_path)
+        return probe, trainer
+
+    probe, trainer = run(give_up_after=0.6)
+    assert (trainer.global_step, probe.ended) == (10, "recall out of reach")
+    trainer.save_checkpoint(tmp_path / "ended.ckpt")
+    probe, trainer = run(tmp_path / "ended.ckpt", give_up_after=0.6)
+    assert (trainer.global_step, probe.ended) == (10, "recall out of reach")
+    probe, trainer = run()
+    assert (trainer.global_step, probe.ended) == (16, None)
 
 
 def test_a_new_run_in_an_old_folder_asks_its_own_facts(tmp_path):
@@ -123,5 +146,9 @@ def test_data_without_questions_is_passed_over(tmp_path):
 def test_impossible_values_are_refused():
     with pytest.raises(ToolmemError, match="stop_at"):
         RecallProbe(stop_at=1.5)
+    with pytest.raises(ToolmemError, match="give_up_after is 1"):
+        RecallProbe(stop_at=0.5, give_up_after=1.0)
+    with pytest.raises(ToolmemError, match="give_up_after needs stop_at"):
+        RecallProbe(give_up_after=0.5)
     with pytest.raises(ToolmemError, match="n_questions"):
         RecallProbe(n_questions=0)

@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = attach(
         "NormProbe": "toolmem.training.callbacks.norms",
         "Progress": "toolmem.training.callbacks.progress",
         "RecallProbe": "toolmem.training.callbacks.recall",
+        "StopAt": "toolmem.training.callbacks.stopping",
         "Throughput": "toolmem.training.callbacks.throughput",
     },
 )

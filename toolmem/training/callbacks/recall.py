@@ -18,12 +18,16 @@ from toolmem.errors import ToolmemError
 from toolmem.files import write_text
 from toolmem.tools import open_toolbox
 from toolmem.training.callbacks.ema import averaged_weights
+from toolmem.training.callbacks.stopping import out_of_reach
 from toolmem.training.callbacks.throughput import not_training
 from toolmem.training.module import LanguageModelModule
 
 if TYPE_CHECKING:
     from toolmem.evaluation.recall import RecallResult
     from toolmem.tools.base import Toolbox
+
+REACHED = "recall reached"
+OUT_OF_REACH = "recall out of reach"
 
 
 class RecallProbe(pl.Callback):
@@ -42,6 +46,10 @@ class RecallProbe(pl.Callback):
         n_questions: of known people, a round.
         n_unseen: of unseen people, a round.
         stop_at: end training once ``recall/exact_match`` is this high; None never does.
+        give_up_after: from this share of the run on, end it too when ``stop_at`` is out of reach: when
+            the fastest rise between two rounds so far, twice as fast, would not lead there by the
+            last step, after four rounds at least. None never does. A leap that nothing announced
+            would be missed.
         batch_size: dialogues generated at once.
         n_samples: dialogues kept of each kind, a round.
         show: print two dialogues, a round.
@@ -53,6 +61,7 @@ class RecallProbe(pl.Callback):
         n_questions: int = 256,
         n_unseen: int = 256,
         stop_at: float | None = None,
+        give_up_after: float | None = None,
         batch_size: int = 128,
         n_samples: int = 8,
         show: bool = True,
@@ -64,13 +73,24 @@ class RecallProbe(pl.Callback):
             )
         if stop_at is not None and not 0 < stop_at <= 1:
             raise ToolmemError(f"recall: stop_at is {stop_at}: it must be above 0 and at most 1")
+        if give_up_after is not None and not 0 < give_up_after < 1:
+            raise ToolmemError(
+                f"recall: give_up_after is {give_up_after}: it is a share of the run, above 0 and below 1"
+            )
+        if give_up_after is not None and stop_at is None:
+            raise ToolmemError(
+                "recall: give_up_after needs stop_at, the recall that is to be reached"
+            )
         self.every_n_steps = every_n_steps
         self.n_questions = n_questions
         self.n_unseen = n_unseen
         self.stop_at = stop_at
+        self.give_up_after = give_up_after
         self.batch_size = batch_size
         self.n_samples = n_samples
         self.show = show
+        self.ended: str | None = None  # why it ended training
+        self._found: list[tuple[int, float]] = []  # (step, recall/exact_match) of each round
         self._questions: dict[str, list[Any]] = {}
         self._toolbox: Toolbox | None = None
 
@@ -78,6 +98,9 @@ class RecallProbe(pl.Callback):
         """Draw the questions, which stay the same through the run, and open the tools."""
         self._asked = trainer.global_step
         self._questions = {}
+        if self.ended is not None:  # a run that went on from the checkpoint at its end
+            trainer.should_stop = True
+            return
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         if not self.every_n_steps or not hasattr(datamodule, "questions"):
             return
@@ -115,8 +138,33 @@ class RecallProbe(pl.Callback):
             metrics = self._measure(trainer, pl_module)
         metrics = trainer.strategy.broadcast(metrics)
         pl_module.report(metrics)
-        if self.stop_at is not None and metrics["recall/exact_match"] >= self.stop_at:
+        self._found.append((trainer.global_step, metrics["recall/exact_match"]))
+        self.ended = self._why_end(trainer.max_steps)
+        if self.ended is not None:
             trainer.should_stop = True
+
+    def _why_end(self, total: int) -> str | None:
+        if self.stop_at is None:
+            return None
+        if self._found[-1][1] >= self.stop_at:
+            return REACHED
+        after = self.give_up_after
+        if (
+            after is not None
+            and total > 0
+            and out_of_reach(self._found, self.stop_at, total, after)
+        ):
+            return OUT_OF_REACH
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was found so far, and whether that ended training."""
+        return {"found": list(self._found), "ended": self.ended}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from what a checkpoint's run had found."""
+        self._found = [(int(step), float(value)) for step, value in state_dict["found"]]
+        self.ended = state_dict["ended"]
 
     def _measure(self, trainer: pl.Trainer, module: LanguageModelModule) -> dict[str, float]:
         from toolmem.evaluation.recall import measure_recall
