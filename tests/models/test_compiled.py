@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from toolmem.data.tokenizers import ByteTokenizer
 from toolmem.errors import ToolmemError
 from toolmem.generation import Engine, PromptLookup, Request
-from toolmem.models import RNN, Hybrid, LinearAttention, Mamba2, MoETransformer, Transformer
+from toolmem.models import (
+    RNN,
+    Hybrid,
+    LinearAttention,
+    Mamba2,
+    MoETransformer,
+    Transformer,
+    kernels,
+)
 from toolmem.models.compiled import GRAPHS, Buckets
 
 TOKENIZER = ByteTokenizer()
@@ -56,10 +64,13 @@ def prompts(n):
 
 @pytest.fixture
 def traced(monkeypatch):
-    """What is compiled is traced, and run as it was traced: no C++ compiler is waited for."""
+    """What is compiled is traced, and run as it was traced: no C++ compiler is waited for. The graphs."""
+    graphs = []
     monkeypatch.setattr(
-        "torch._inductor.compile_fx.compile_fx", lambda graph, inputs, config_patches: graph
+        "torch._inductor.compile_fx.compile_fx",
+        lambda graph, inputs, config_patches: graphs.append(graph) or graph,
     )
+    return graphs
 
 
 def test_buckets_on_paper():
@@ -174,6 +185,20 @@ def test_dead_rows_touch_nobody(traced):
                 place for place in range(len(old)) if not torch.equal(old[place], new[place])
             ]
             assert set(changed) <= {0, 1, 2, 3} and {1, 2, 3} <= set(changed)
+
+
+@pytest.mark.parametrize("kernel", ["auto", "plain"])
+def test_graphs_call_our_kernels_where_the_engine_does(kernel, traced):
+    if not kernels.available():
+        pytest.skip("no C compiler here: compiled passes call torch's operations alone")
+    model = model_of("transformer")
+    model.use_attention(kernel)
+    with Engine(model, TOKENIZER, max_lanes=1, compile=True, memory_limit=2**20) as engine:
+        engine.warm_up()
+    [graph] = traced
+    called = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    assert sum("toolmem.fast_linear" in name for name in called) == 4 * 2
+    assert sum("toolmem.paged_attention" in name for name in called) == 2 * (kernel == "auto")
 
 
 def test_with_drafts(traced):

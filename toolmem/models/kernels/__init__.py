@@ -4,6 +4,7 @@ Built by the system's compiler on first use; without one, torch's own operations
 (``TOOLMEM_KERNELS=0`` asks for them). Inference only: nothing here has a gradient.
 """
 
+from toolmem.models.kernels import operators  # noqa: F401 - their registration
 from toolmem.models.kernels.accelerate import accelerate
 from toolmem.models.kernels.build import available
 from toolmem.models.kernels.functions import MANY_ROWS, fast_linear, linear, paged_attention, usable

@@ -17,6 +17,21 @@ from toolmem.models.kernels.build import library
 MANY_ROWS = 96
 
 
+@torch.compiler.assume_constant_result
+def _there() -> bool:
+    return library() is not None
+
+
+def _compiled(*tensors: Tensor) -> bool:
+    """Whether a pass is being compiled in which these tensors may go to our operators."""
+    return (
+        torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
+        and _there()
+    )
+
+
 def _plain(*tensors: Tensor) -> bool:
     """Whether C may read and write these tensors: real memory of the CPU, and nobody who looks on."""
     return not (
@@ -103,6 +118,9 @@ def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
     ``F.linear`` itself wherever the kernel is not there, would be slower, or a gradient is wanted.
     """
+    if _compiled(x, weight):
+        y: Tensor = torch.ops.toolmem.fast_linear(x, weight, bias)
+        return y
     few = x.dtype == weight.dtype and x.numel() < MANY_ROWS * x.shape[-1]
     if few and _takes(x, weight, bias):
         built = library()
@@ -138,8 +156,7 @@ def usable(queries: Tensor, keys: Tensor) -> bool:
         queries.dtype == keys.dtype == torch.float32
         and keys.is_contiguous()
         and queries.shape[-1] == keys.shape[-1]
-        and _plain(queries, keys)
-        and library() is not None
+        and (_compiled(queries, keys) or (_plain(queries, keys) and library() is not None))
     )
 
 
@@ -173,6 +190,11 @@ def paged_attention(
     Returns:
         (b, h, d) float32.
     """
+    if torch.compiler.is_compiling():
+        y: Tensor = torch.ops.toolmem.paged_attention(
+            queries, new_keys, new_values, key_pages, value_pages, tables, lengths, scale, softcap
+        )
+        return y
     built = library()
     every = (queries, new_keys, new_values, key_pages, value_pages)
     if (
