@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from toolmem.errors import ToolmemError
+from toolmem.files import write_text
 
 
 def read_prompts(path: Path, field: str = "prompt") -> list[str]:
@@ -75,3 +77,28 @@ def completed_rows(path: Path, texts: list[str], field: str = "prompt") -> int:
         with open(path, "r+b") as stream:
             stream.truncate(len(whole))
     return len(rows)
+
+
+def failed_rows(path: Path) -> dict[int, str]:
+    """Rows of an output file that say ``error`` instead of an answer: what they say, by number from 0.
+
+    Args:
+        path: the output file, all rows whole; none when it does not exist.
+    """
+    if not path.exists():
+        return {}
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    return {number: str(row["error"]) for number, row in enumerate(rows) if "error" in row}
+
+
+def replace_rows(path: Path, others: Mapping[int, str]) -> None:
+    """Put other lines in the place of some rows, in one step.
+
+    Args:
+        path: the output file, all rows whole.
+        others: line by number from 0.
+    """
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in others.items():
+        lines[number] = line
+    write_text(path, "\n".join(lines))

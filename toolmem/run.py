@@ -7,9 +7,10 @@ print(reply.answer)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from toolmem import checkpoints
 from toolmem.checkpoints import LoadedCheckpoint
@@ -17,13 +18,14 @@ from toolmem.data.dialogues import Dialogue, TemplateSet
 from toolmem.data.factbase import Factbase
 from toolmem.data.text.token_table import prompt_tokens
 from toolmem.errors import ToolmemError
-from toolmem.generation import Engine, Generated, Greedy, Request, Sampler, generate, stream
+from toolmem.generation import Engine, Generated, Greedy, Ranks, Request, Sampler, generate, stream
 from toolmem.generation.turns import split_turns
 from toolmem.tools import Toolbox, open_toolbox
 
 if TYPE_CHECKING:
     import torch
 
+    from toolmem.generation import Event
     from toolmem.models.kernel_choice import KernelChoice
 
 FACTBASE = "facts.duckdb"
@@ -159,29 +161,53 @@ class Run:
         *,
         sampler: Sampler | None = None,
         max_new_tokens: int = 256,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         ahead: int = 1024,
+        ranks: Ranks | None = None,
+        engine: Engine | None = None,
     ) -> Iterator[Generated]:
         """Ask many questions, and yield each dialogue, in order, when all before it are at their end.
+
+        One that fails comes with ``error`` as its reason to finish.
 
         Args:
             questions: what the user says in each.
             sampler: how tokens are chosen; greedily when None.
             max_new_tokens: tokens that the model may write in each.
-            seed: question i samples by seed + i.
+            seed: question i samples by seed + i; or one seed a question.
             ahead: questions under way or waiting to be yielded.
+            ranks: processes (``Run.ranks``) that answer in this one's stead, all asked at once.
+            engine: over this run's model and tools, asked in the place of one of its own.
         """
+        seeds = range(seed, seed + len(questions)) if isinstance(seed, int) else seed
         requests = (
             Request(
                 self.prompt(question),
                 max_new_tokens=max_new_tokens,
                 sampler=sampler or Greedy(),
-                seed=seed + number,
+                seed=own,
             )
-            for number, question in enumerate(questions)
+            for own, question in zip(seeds, questions, strict=True)
         )
-        with Engine(self.model, self.tokenizer, self.toolbox) as engine:
+        if ranks is not None:
+            yield from ranks.each(list(requests))
+            return
+        if engine is not None:
             yield from engine.each(requests, ahead=ahead)
+            return
+        with Engine(self.model, self.tokenizer, self.toolbox) as own_engine:
+            yield from own_engine.each(requests, ahead=ahead)
+
+    def ranks(self, n: int, **options: Any) -> Ranks:
+        """Start processes that load this run's checkpoint and generate together; close them after use.
+
+        Args:
+            n: processes; torch's threads are shared out among them.
+            options: of each one's ``Engine``.
+        """
+        kernel, device = self.model.attention_kernel, str(self.model.embedding.weight.device)
+        opened = partial(_open_engine, self.checkpoint.path, self.factbase, kernel, device, options)
+        return Ranks(opened, n)
 
     def reply(self, generated: Generated) -> Reply:
         """A generated dialogue as text."""
@@ -195,18 +221,39 @@ class Run:
         sampler: Sampler | None = None,
         max_new_tokens: int = 256,
         seed: int = 0,
+        engine: Engine | None = None,
     ) -> Iterator[tuple[int, int]]:
-        """(token, role code) as they come, after the prompt; arguments as `ask`."""
-        for event in stream(
-            self.model,
-            self.tokenizer,
-            self.prompt(question),
-            toolbox=self.toolbox,
-            max_new_tokens=max_new_tokens,
-            sampler=sampler,
-            seed=seed,
-        ):
+        """(token, role code) as they come, after the prompt; arguments as `ask` and `ask_each`."""
+        prompt = self.prompt(question)
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed}
+        if engine is not None:
+            events: Iterable[Event] = engine.submit(
+                Request(prompt, sampler=sampler or Greedy(), **options)
+            )
+        else:
+            options |= {"toolbox": self.toolbox, "sampler": sampler}
+            events = stream(self.model, self.tokenizer, prompt, **options)
+        for event in events:
             yield event.token, event.role
+
+
+def _open_engine(
+    path: Path,
+    factbase: Path | None,
+    attention: KernelChoice,
+    device: str,
+    options: dict[str, Any],
+    rank: int,
+) -> Engine:
+    """A rank's engine over a run."""
+    if device.startswith("cuda"):
+        import torch
+
+        device = f"cuda:{rank % torch.cuda.device_count()}"
+    run = load(
+        path, factbase=factbase, allow_other_factbase=True, attention=attention, device=device
+    )
+    return Engine(run.model, run.tokenizer, run.toolbox, **options)
 
 
 def load(

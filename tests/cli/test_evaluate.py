@@ -123,6 +123,21 @@ def test_compiled_it_says_the_same_and_how_long_that_took(runs, tmp_path, toolme
     assert refused.code == 2 and "leave one out" in refused.err
 
 
+def test_ranks_find_what_one_process_finds(runs, tmp_path, toolmem):
+    found = []
+    for ranks in (1, 2):
+        out = tmp_path / f"{ranks}.json"
+        words = ["--checkpoint", runs / "in_tool", "--ranks", ranks, "--out", out]
+        called = toolmem("evaluate", *words, "--invariant", "true", "--n_questions", 9)
+        assert called.code == 0, called
+        found.append(json.loads(out.read_text()))
+        del found[-1]["seconds"]
+    assert found[0] == found[1]
+    for words in (["--ranks", 0], ["--ranks", 2, "--compile", "true"]):
+        called = toolmem("evaluate", "--checkpoint", runs / "in_tool", *words)
+        assert called.code == 2 and "--ranks" in called.err
+
+
 def test_it_is_what_the_library_measures(runs):
     run = package.load(runs / "in_tool")
     direct = measure_recall(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from toolmem.models.kernel_choice import KernelChoice
 
 if TYPE_CHECKING:
     from toolmem.evaluation import RecallResult
-    from toolmem.generation import Engine
+    from toolmem.generation import Engine, Ranks
     from toolmem.run import Run
 
 TASKS = ("recall",)
@@ -30,6 +31,7 @@ def evaluate(
     allow_other_factbase: bool = False,
     batch_size: int = 128,
     invariant: bool = False,
+    ranks: int = 1,
     compile: bool = False,
     attention: KernelChoice = "auto",
     device: str = "cpu",
@@ -45,6 +47,7 @@ def evaluate(
         allow_other_factbase: accept a factbase whose facts are not those of training.
         batch_size: dialogues generated at once.
         invariant: the same results, bit for bit, whatever the batch size (float32 on a CPU; slower).
+        ranks: processes that share the questions, and this one's threads; the results are the same.
         compile: decode by torch.compile, which takes a while first; its seconds are told apart.
         attention: what runs attention: sdpa (torch's own, and C of ours), flex (FlexAttention), flash
             (the package flash-attn, on CUDA), plain (the reference), or the one for the device (auto).
@@ -54,8 +57,12 @@ def evaluate(
     for name in names:
         if name not in TASKS:
             raise ToolmemError(f"--tasks: unknown task {name!r}: choose from {', '.join(TASKS)}")
-    if not names or n_questions < 1 or batch_size < 1:
-        raise ToolmemError("--tasks names no task, or --n_questions or --batch_size is below 1")
+    if not names or min(n_questions, batch_size, ranks) < 1:
+        raise ToolmemError(
+            "--tasks names no task, or --n_questions, --batch_size or --ranks is below 1"
+        )
+    if compile and ranks > 1:
+        raise ToolmemError("--compile: each of the --ranks would compile for itself: leave one out")
     from toolmem.run import load
 
     began = time.perf_counter()
@@ -68,8 +75,9 @@ def evaluate(
     )
     told = {}
     options = {"max_lanes": batch_size, "invariant": invariant}
-    with compiled_engine(run, compile, **options) as engine:
-        results = measure(run, n_questions, batch_size, invariant, engine)
+    many = run.ranks(ranks, **options) if ranks > 1 else contextlib.nullcontext()
+    with many as pool, compiled_engine(run, compile, **options) as engine:
+        results = measure(run, n_questions, batch_size, invariant, pool or engine)
         if engine is not None:
             told["compile_seconds"] = round(engine.stats().compile_seconds, 3)
     show(results)
@@ -92,7 +100,7 @@ def measure(
     n_questions: int,
     batch_size: int,
     invariant: bool = False,
-    engine: Engine | None = None,
+    engine: Engine | Ranks | None = None,
 ) -> dict[str, RecallResult]:
     """Recall by split; a split without people is left out."""
     from toolmem.evaluation import RecallResult, Score, measure_recall

@@ -18,13 +18,14 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from toolmem.data.text.token_table import prompt_tokens
-from toolmem.generation import generate
+from toolmem.generation import Request, generate
+from toolmem.generation.reference import check_all
 from toolmem.generation.turns import split_turns
 
 if TYPE_CHECKING:
     from toolmem.data.dialogues import Dialogue
     from toolmem.data.tokenizers import Tokenizer
-    from toolmem.generation import Engine, Generated
+    from toolmem.generation import Engine, Generated, Ranks
     from toolmem.models import LanguageModel
     from toolmem.tools import Toolbox
 
@@ -222,7 +223,7 @@ def measure_recall(
     batch_size: int = 128,
     max_new_tokens: int | None = None,
     invariant: bool = False,
-    engine: Engine | None = None,
+    engine: Engine | Ranks | None = None,
 ) -> RecallResult:
     """Ask every question greedily, tools in the loop, and count the exact answers.
 
@@ -235,17 +236,19 @@ def measure_recall(
         max_new_tokens: tokens that the model may write; what the longest expected dialogue needs,
             and some more, when None.
         invariant: the dialogues do not hang on ``batch_size``, bit for bit (float32 on a CPU; slower).
-        engine: over this model and its tools, asked in the place of one of its own.
+        engine: over this model and its tools, or ranks of such, asked in the place of one of its own;
+            toolbox, batch size and invariance are then theirs.
 
     Raises:
-        ToolmemError: for a model that cannot be run so.
+        ToolmemError: for a model that cannot be run so, or when a dialogue failed.
     """
     metric = Recall(list(dict.fromkeys(question.attribute for question in questions)))
     if max_new_tokens is None:
         max_new_tokens = answer_budget(questions, tokenizer)
     prompts = [prompt_tokens(question.question, tokenizer) for question in questions]
     if engine is not None:
-        generated = engine.generate(prompts, max_new_tokens=max_new_tokens)
+        requests = [Request(prompt, max_new_tokens=max_new_tokens) for prompt in prompts]
+        generated = list(engine.each(requests))
     else:
         generated = generate(
             model,
@@ -256,6 +259,7 @@ def measure_recall(
             batch_size=batch_size,
             invariant=invariant,
         )
+    check_all(generated)
     samples = []
     for question, dialogue in zip(questions, generated, strict=True):
         turns = split_turns(dialogue.tokens, tokenizer)

@@ -18,6 +18,7 @@ __getattr__, __dir__, __all__ = attach(
         "Hypothesis": "toolmem.generation.beam",
         "Node": "toolmem.generation.tree",
         "PromptLookup": "toolmem.generation.lookup",
+        "Ranks": "toolmem.generation.processes",
         "Request": "toolmem.generation.requests",
         "Sampler": "toolmem.generation.sampling",
         "Sampling": "toolmem.generation.sampling",

@@ -14,7 +14,7 @@ import pickle
 import threading
 import time
 from base64 import b64decode, b64encode
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from toolmem.generation.reference import Generated
     from toolmem.generation.requests import Request
 
-HANDED_OVER = 64  # dialogues at a time
+HANDED_OVER = 64  # dialogues at a time, at most ...
+HAND_OVER_S = 0.5  # ... or what has come in so many seconds
 POLL_S = 0.02
 _calls = itertools.count()  # every rank makes the same calls in the same order
 
@@ -92,22 +93,46 @@ def generate_over_ranks(
     results: list[Generated | None] = [None] * len(requests)
     pulse = _Pulse(store, f"{prefix}/{rank}/pulse", min(1.0, patience_s / 4))
     try:
-        own = range(rank, len(requests), world_size)
-        parts, part = 0, []
-        for index, result in zip(own, engine.each([requests[i] for i in own]), strict=True):
-            results[index] = result
-            part.append((index, result))
-            if len(part) == HANDED_OVER:
-                store.set(f"{prefix}/{rank}/{parts}", _packed(part))
-                parts, part = parts + 1, []
-        store.set(f"{prefix}/{rank}/{parts}", _packed(part))
-        store.set(f"{prefix}/{rank}/parts", str(parts + 1))
+        own = [(place, requests[place]) for place in own_places(rank, world_size, len(requests))]
+        parts = 0
+        for part in parts_of(engine, own):
+            for place, result in part:
+                results[place] = result
+            store.set(f"{prefix}/{rank}/{parts}", _packed(part))
+            parts += 1
+        store.set(f"{prefix}/{rank}/parts", str(parts))
         for other in range(world_size):
             if other != rank:
                 _collect(store, f"{prefix}/{other}", results, patience_s)
     finally:
         pulse.stop()
     return results
+
+
+def own_places(rank: int, n_ranks: int, n: int) -> range:
+    """Which of ``n`` requests are a rank's: every ``n_ranks``-th, so that all come along evenly."""
+    return range(rank, n, n_ranks)
+
+
+def parts_of(
+    engine: Engine, own: Sequence[tuple[int, Request]]
+) -> Iterator[list[tuple[int, Generated]]]:
+    """A rank's dialogues, in order, a few at a time: as they are handed over.
+
+    Args:
+        engine: the rank's.
+        own: its requests, and the place of each among all.
+    """
+    part: list[tuple[int, Generated]] = []
+    began = time.monotonic()
+    results = engine.each([request for _, request in own])
+    for (place, _), result in zip(own, results, strict=True):
+        part.append((place, result))
+        if len(part) == HANDED_OVER or time.monotonic() - began > HAND_OVER_S:
+            yield part
+            part, began = [], time.monotonic()
+    if part:
+        yield part
 
 
 def _packed(part: list[tuple[int, Generated]]) -> str:

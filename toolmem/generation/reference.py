@@ -12,7 +12,7 @@ The rules of a dialogue, which stand here in the open:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from toolmem.models.language_model import LanguageModel
     from toolmem.tools.base import Toolbox
 
-FinishReason = Literal["end", "length", "tool_calls", "stop", "seconds", "cancelled"]
+FinishReason = Literal["end", "length", "tool_calls", "stop", "seconds", "cancelled", "error"]
 
 
 @dataclass
@@ -42,9 +42,11 @@ class Generated:
         log_probs: the model's own log-probability of each token that it wrote (nats, before
             temperature and truncation), nan for prompt and forced tokens.
         finish_reason: ``end`` written; ``length`` reached; ``tool_calls``: one too many; of the engine
-            also ``stop`` (a stop token or string), ``seconds`` (the time was up), ``cancelled``.
+            also ``stop`` (a stop token or string), ``seconds`` (the time was up), ``cancelled``, and
+            ``error`` (something of this dialogue's own failed; it has what was written until then).
         tool_calls: queries with their answers.
         prompt_length: tokens of the prompt.
+        error: what failed, in words, where that is why it finished.
     """
 
     tokens: list[int]
@@ -53,6 +55,27 @@ class Generated:
     finish_reason: FinishReason
     tool_calls: list[tuple[str, Answer]] = field(default_factory=list)
     prompt_length: int = 0
+    error: str = ""
+
+
+def failed(prompt: Sequence[int], error: str) -> Generated:
+    """A dialogue that nothing has come of but its prompt.
+
+    Args:
+        prompt: its token ids.
+        error: why.
+    """
+    tokens, nan = list(prompt), float("nan")
+    return Generated(
+        tokens, [USER] * len(tokens), [nan] * len(tokens), "error", [], len(tokens), error
+    )
+
+
+def check_all(generated: Iterable[Generated]) -> None:
+    """Raise ``ToolmemError`` if any dialogue finished by an error, for those who need all of them."""
+    errors = [dialogue.error for dialogue in generated if dialogue.finish_reason == "error"]
+    if errors:
+        raise ToolmemError(f"{len(errors)} dialogues failed; the first: {errors[0]}")
 
 
 def token_roles(tokens: Sequence[int], role_ids: Mapping[str, int]) -> list[int]:
