@@ -247,7 +247,10 @@ class TokenState(LaneState):
         rows, slots = self.places(context.slots)
         for name, value in new.items():
             tensor: Tensor = getattr(self, name)
-            tensor.movedim(self.token_dims[name], 1)[rows, slots] = value.to(tensor.dtype)
+            # Not through a view: where heads are one, inductor of torch 2.13 copies all of what a view
+            # is written to (2 GB of pages, a second a step).
+            between = [slice(None)] * (self.token_dims[name] - 1)
+            tensor[(rows, *between, slots)] = value.to(tensor.dtype)
 
     def places(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Where tokens go: indices into the first and the token dimension.

@@ -130,7 +130,7 @@ class CompiledDecoder:
             if told is not None:
                 told(done, len(pairs))
             zeros = np.zeros(rows, dtype=np.int64)
-            self._call(zeros, np.zeros((rows, pages), dtype=np.int64), zeros, zeros)
+            self._call(zeros, np.zeros((rows, pages + 1), dtype=np.int64), zeros, zeros)
         if told is not None:
             told(len(pairs), len(pairs))
 
@@ -155,7 +155,8 @@ class CompiledDecoder:
         n, size = len(tokens), self.state.page_size
         own = lengths // size + 1  # pages that hold something of a lane
         rows, width = self.buckets.around(n, int(own.max()) if self.state.page_bytes else 1)
-        table = np.zeros((rows, width), dtype=np.int64)
+        # the last column is where padding would go
+        table = np.zeros((rows, width + 1), dtype=np.int64)
         some = pages[:, :width]
         table[:n, : some.shape[1]] = np.where(np.arange(some.shape[1]) < own[:, None], some, 0)
         filled = np.zeros((3, rows), dtype=np.int64)
@@ -165,13 +166,13 @@ class CompiledDecoder:
     def _call(
         self, tokens: np.ndarray, pages: np.ndarray, lengths: np.ndarray, slots: np.ndarray
     ) -> Tensor:
-        table = np.pad(pages, ((0, 0), (0, 1)))  # the last column is where padding would go
-        arrays = (tokens[:, None], table, lengths, slots)
+        arrays = (tokens[:, None], pages, lengths, slots)
         inputs = [torch.from_numpy(array).to(self.state.device) for array in arrays]
-        if len(tokens) > 1:  # a single lane has a graph of its own
-            for each in inputs:
-                torch._dynamo.maybe_mark_dynamic(each, 0)
-        torch._dynamo.maybe_mark_dynamic(inputs[1], 1)
+        if self.graphs < GRAPHS:  # what is compiled once takes any size
+            if len(tokens) > 1:  # a single lane has a graph of its own
+                for each in inputs:
+                    torch._dynamo.maybe_mark_dynamic(each, 0)
+            torch._dynamo.maybe_mark_dynamic(inputs[1], 1)
         before, began = self.graphs, time.perf_counter()
         try:
             y = self._run(*inputs)

@@ -118,7 +118,7 @@ def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
     ``F.linear`` itself wherever the kernel is not there, would be slower, or a gradient is wanted.
     """
-    if _compiled(x, weight):
+    if _compiled(x, weight, *(() if bias is None else (bias,))) and weight.is_contiguous():
         y: Tensor = torch.ops.toolmem.fast_linear(x, weight, bias)
         return y
     few = x.dtype == weight.dtype and x.numel() < MANY_ROWS * x.shape[-1]

@@ -6,9 +6,20 @@ They have no gradient, and run where ``functions`` lets them.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from toolmem.models.kernels import functions
+from toolmem.models.kernels.build import library
+
+
+def _fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``functions.fast_linear``, its questions answered when the pass was compiled."""
+    built = library()
+    if built is None or x.numel() >= functions.MANY_ROWS * x.shape[-1]:
+        return F.linear(x, weight, bias)
+    return functions._linear(built, x, weight, bias)
+
 
 _LIBRARY = torch.library.Library("toolmem", "FRAGMENT")
 _LIBRARY.define("fast_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
@@ -16,7 +27,7 @@ _LIBRARY.define(
     "paged_attention(Tensor queries, Tensor new_keys, Tensor new_values, Tensor(a!) key_pages, "
     "Tensor(b!) value_pages, Tensor tables, Tensor lengths, float scale, float softcap) -> Tensor"
 )
-_LIBRARY.impl("fast_linear", functions.fast_linear, "CPU")
+_LIBRARY.impl("fast_linear", _fast_linear, "CPU")
 _LIBRARY.impl("paged_attention", functions.paged_attention, "CPU")
 
 
