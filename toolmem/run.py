@@ -19,6 +19,7 @@ from toolmem.data.factbase import Factbase
 from toolmem.data.text.token_table import prompt_tokens
 from toolmem.errors import ToolmemError
 from toolmem.generation import Engine, Generated, Greedy, Ranks, Request, Sampler, generate, stream
+from toolmem.generation.reference import check_all
 from toolmem.generation.turns import split_turns
 from toolmem.tools import Toolbox, open_toolbox
 
@@ -134,6 +135,7 @@ class Run:
         [generated] = self.ask_many(
             [question], sampler=sampler, max_new_tokens=max_new_tokens, seed=seed
         )
+        check_all([generated])
         return self.reply(generated)
 
     def ask_many(

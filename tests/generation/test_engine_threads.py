@@ -215,17 +215,95 @@ def test_close_ends_everything():
     eventually(lambda: threading.active_count() <= before)
 
 
-def test_a_step_that_fails_leaves_nobody_waiting():
-    def broken(logits, uniform):
-        raise RuntimeError("a sampler's fault")
+class Broken:
+    """A sampler that fails at its third token."""
 
-    broken.random = False
-    with Engine(random_model(0), TOKENIZER) as engine:
-        handle = engine.submit(Request(ragged_prompts(1)[0], sampler=broken))
-        with pytest.raises(RuntimeError, match="fault"):
-            handle.result(20)
-        with pytest.raises(RuntimeError, match="fault"):
-            engine.generate(ragged_prompts(3), sampler=broken)
+    random = False
+    needs_history = False
+
+    def __init__(self):
+        self.left = 2
+
+    def __call__(self, logits, uniform=None, histories=None):
+        if not self.left:
+            raise RuntimeError("a sampler's fault")
+        self.left -= 1
+        return logits.argmax(-1)
+
+
+def test_a_sampler_that_fails_ends_its_own_dialogue_alone():
+    prompts = ragged_prompts(8)
+    model = random_model(0)
+    with Engine(model, TOKENIZER, Count()) as engine:
+        wanted = engine.generate(prompts, max_new_tokens=12)
+        requests = [Request(prompt, max_new_tokens=12) for prompt in prompts]
+        requests[3] = Request(prompts[3], max_new_tokens=12, sampler=Broken())
+        results = engine.run(requests)
+        for place, (result, plain) in enumerate(zip(results, wanted, strict=True)):
+            if place != 3:
+                assert_equal(result, plain)
+        assert results[3].finish_reason == "error"
+        assert "RuntimeError: a sampler's fault (test_engine_threads.py, line" in results[3].error
+        n = len(results[3].tokens)
+        assert results[3].tokens == wanted[3].tokens[:n]
+        assert sum(not math.isnan(each) for each in results[3].log_probs) == 2
+        check_nothing_left(engine)
+        assert engine.stats().requests_failed == 1
+
+        handles = [engine.submit(request) for request in requests[:3]]
+        broken = engine.submit(Request(prompts[3], sampler=Broken()))
+        with pytest.raises(RuntimeError, match="a sampler's fault"):
+            list(broken)
+        with pytest.raises(RuntimeError, match="a sampler's fault"):
+            broken.result(20)
+        for handle, plain in zip(handles, wanted, strict=False):
+            assert_equal(handle.result(20), plain)
+        check_nothing_left(engine)
+
+
+def test_what_else_can_fail_of_a_dialogues_own(monkeypatch):
+    prompts = ragged_prompts(6)
+    with Engine(random_model(0), TOKENIZER, Count()) as engine:
+        wanted = engine.generate(prompts, max_new_tokens=12)
+        calls = [bool(dialogue.tool_calls) for dialogue in wanted]
+        assert any(calls)
+        encode = type(TOKENIZER).encode_batch
+
+        def some(self, texts):
+            if any(texts):
+                raise ValueError("cannot be encoded")
+            return encode(self, texts)
+
+        monkeypatch.setattr(type(TOKENIZER), "encode_batch", some)
+        for dialogue, called, plain in zip(
+            engine.generate(prompts, max_new_tokens=12), calls, wanted, strict=True
+        ):
+            if called:
+                assert dialogue.finish_reason == "error" and "cannot be encoded" in dialogue.error
+            else:
+                assert_equal(dialogue, plain)
+        monkeypatch.undo()
+        check_nothing_left(engine)
+        with pytest.raises((TypeError, ValueError, RuntimeError)):  # a seed that is none
+            engine.generate(prompts, seed=["x"] * 6, sampler=Sampling())
+        check_nothing_left(engine)
+        assert_equal(engine.generate(prompts[:1], max_new_tokens=12)[0], wanted[0])
+
+
+def test_a_pass_that_fails_leaves_nobody_waiting(monkeypatch):
+    def broken(*args, **options):
+        raise RuntimeError("a pass's fault")
+
+    model = random_model(0)
+    with Engine(model, TOKENIZER) as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(model, "logits", broken)
+            handles = [engine.submit(Request(prompt)) for prompt in ragged_prompts(3)]
+            for handle in handles:
+                with pytest.raises(RuntimeError, match="fault"):
+                    handle.result(20)
+            with pytest.raises(RuntimeError, match="fault"):
+                engine.generate(ragged_prompts(3))
         check_nothing_left(engine)
         assert engine.submit(Request(ragged_prompts(1)[0], max_new_tokens=3)).result(20)
 

@@ -87,6 +87,9 @@ class Guess:
     def seconds(self, lanes):
         return -1.0  # it always pays
 
+    def prefer_chains(self):
+        pass
+
     def forget(self, lane, tokens=()):
         pass
 
@@ -280,7 +283,8 @@ def draft_memory(model):
 @pytest.mark.parametrize("cls", [Medusa, Eagle])
 @pytest.mark.parametrize("name", ["plain", "conv"])
 @pytest.mark.parametrize("sampler", [None, Sampling(0.8)], ids=["greedy", "sampled"])
-def test_heads(cls, name, sampler):
+@pytest.mark.parametrize("tree", [None, True], ids=["any", "tree"])
+def test_heads(cls, name, sampler, tree):
     base = {
         "class_path": "toolmem.models.Transformer",
         "init_args": {"dim": 16, "n_layers": 2, "n_heads": 2, "max_seq_len": 120, **OPTIONS[name]},
@@ -289,7 +293,7 @@ def test_heads(cls, name, sampler):
     model = cls(260, base).eval()
     model.start_heads()
     histogram, _ = check(
-        model, lambda model, _: CheapHeads(model), sampler, ragged_prompts(6), max_lanes=4
+        model, lambda model, _: CheapHeads(model, tree), sampler, ragged_prompts(6), max_lanes=4
     )
     assert histogram["passes"] > 0
 
@@ -310,6 +314,9 @@ def test_sampled_dialogues_have_the_exact_distribution():
 
         def seconds(self, lanes):
             return -1.0
+
+        def prefer_chains(self):
+            pass
 
         def forget(self, lane, tokens=()):
             pass

@@ -195,8 +195,12 @@ class Engine:
         )
 
     def run(self, requests: Sequence[Request]) -> list[Generated]:
-        """Bring requests to their end, in the caller's thread; results in order."""
-        return [handle.result() for handle in self.finish(requests)]
+        """Bring requests to their end, in the caller's thread; results in order.
+
+        A dialogue of which something of its own failed (its sampler, a tool's answer that cannot be
+        encoded) has ``error`` as its reason to finish; what failed is in words in its ``error``.
+        """
+        return [handle.dialogue() for handle in self.finish(requests)]
 
     def finish(
         self,
@@ -251,7 +255,7 @@ class Engine:
                     while not handles[0].done:
                         self._turn()
                 while handles and handles[0].done:
-                    yield handles.popleft().result()
+                    yield handles.popleft().dialogue()
         finally:
             for handle in handles:
                 handle.cancel()
@@ -389,13 +393,21 @@ class Engine:
                     f"a dialogue of {need} tokens does not fit memory_limit "
                     f"({self.pager.memory_limit:,} bytes): raise it, or ask for fewer tokens"
                 )
+        entered: list[Lane] = []
         for number, handle in enumerate(handles):
             lane = Lane(handle, self._entered, keep)
             self._entered += 1
             branch = branches[number] if branches is not None else None
             lane.branch = branch or self.pager.new()
+            try:
+                self.scheduler.enter(lane)
+            except Exception as error:  # such as a seed that is none: nothing of the call goes on
+                self.pager.free(lane.branch)
+                for other in entered:
+                    self.scheduler.drop(other, error)
+                raise
             self._lanes[handle] = lane
-            self.scheduler.enter(lane)
+            entered.append(lane)
 
     def _cancel(self, handle: Handle) -> None:
         self._cancelled.put(handle)

@@ -102,16 +102,19 @@ class Lanes:
 
     def add(self, lane: Lane) -> None:
         """Give a lane its row, and its prompt."""
-        if not self._free:
+        request = lane.request
+        prompt = np.asarray(request.prompt, dtype=np.int64)
+        roles, n = token_roles(prompt.tolist(), self.tokenizer.role_ids), len(prompt)
+        if request.sampler.random:
+            lane.generator = torch.Generator().manual_seed(request.seed)
+        sampler = self._sampler_number(request.sampler)
+        if not self._free:  # nothing from here on may fail
             self._more_rows()
         i = lane.index = self._free.pop()
         self.objects[i] = lane
-        request = lane.request
-        prompt = np.asarray(request.prompt, dtype=np.int64)
-        n = len(prompt)
         self.reserve(n)
         self.tokens[i, :n] = prompt
-        self.roles[i, :n] = token_roles(prompt.tolist(), self.tokenizer.role_ids)
+        self.roles[i, :n] = roles
         self.log_probs[i, :n] = np.nan
         self.length[i] = n
         self.written[i] = 0
@@ -119,11 +122,9 @@ class Lanes:
         starts = np.flatnonzero(prompt == self.tokenizer.role_ids["assistant"])
         self.turn_start[i] = starts[-1] + 1 if len(starts) else 0
         self.row[i] = -1
-        self.sampler[i] = self._sampler_number(request.sampler)
+        self.sampler[i] = sampler
         self.stops[i] = bool(request.stop_tokens or request.stop_strings)
         self.drawn[i] = BLOCK
-        if request.sampler.random:
-            lane.generator = torch.Generator().manual_seed(request.seed)
         lane.told = n
 
     def _sampler_number(self, sampler: Sampler) -> int:

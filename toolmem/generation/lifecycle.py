@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import logging
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
@@ -35,6 +37,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+def describe(error: BaseException) -> str:
+    """What was raised and where, in one line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{where}"
+
+
 @dataclass
 class Stats:
     """Counts since the engine was made, and what it holds now.
@@ -56,8 +65,9 @@ class Stats:
         tokens_shared: of prompts that needed no reading.
         tool_calls: made.
         tool_errors: of them answered by an error.
-        requests_finished: not cancelled.
+        requests_finished: neither cancelled nor failed.
         requests_cancelled: by who asked.
+        requests_failed: something of their own raised (a sampler, a constraint, a tool's answer).
         compilations: graphs that were compiled.
         compile_seconds: that took.
     """
@@ -80,6 +90,7 @@ class Stats:
     tool_errors: int = 0
     requests_finished: int = 0
     requests_cancelled: int = 0
+    requests_failed: int = 0
     compilations: int = 0
     compile_seconds: float = 0.0
 
@@ -127,17 +138,9 @@ class Lifecycle:
         self.invariant = invariant
         self.row_independent = row_independent
         self.drafter = drafter
-        self.acceptance = Acceptance(drafter.max_tokens if drafter is not None else 0)
-        if drafter is not None:
-            drafting: Drafter = drafter
-            self.draft_costs = functools.cache(lambda lanes: draft_costs(model, drafting, lanes))
-            if not self.acceptance.may_pay(self.draft_costs(1)):
-                log.warning(
-                    "%s: drafting takes as long here as what it saves, so nothing is drafted",
-                    type(drafter).__name__,
-                )
-        self.wake = wake
         self.both_ways = model.attention_mask == "prefix"
+        self.acceptance = Acceptance(drafter.max_tokens if drafter is not None else 0)
+        self.wake = wake
         self.tree: PrefixTree | None = None
         if prefix_sharing and not invariant:
             exact = self.both_ways or bool(pager.bytes_each["slot"])
@@ -146,6 +149,16 @@ class Lifecycle:
         self._fused = None if invariant else FusedDecoder.of(model, pager.state)
         self.compiled = CompiledDecoder(model, pager.state, max_lanes) if compile else None
         self._chains_only = self.both_ways or bool(pager.bytes_each["slot"])
+        if drafter is not None:
+            if self.fused is not None or self._chains_only:
+                drafter.prefer_chains()
+            drafting: Drafter = drafter
+            self.draft_costs = functools.cache(lambda lanes: draft_costs(model, drafting, lanes))
+            if not self.acceptance.may_pay(self.draft_costs(1)):
+                log.warning(
+                    "%s: drafting takes as long here as what it saves, so nothing is drafted",
+                    type(drafter).__name__,
+                )
         self.overhead = pass_overhead(model)
         self.lanes = Lanes(tokenizer, model.max_seq_len)
         self.device = model.embedding.weight.device
@@ -193,11 +206,29 @@ class Lifecycle:
             self.counts.requests_finished += 1
         self.drop(lane, self.lanes.generated(lane))
 
-    def drop(self, lane: Lane, result: Generated | BaseException) -> None:
-        """Take a lane out of everything, and give its result."""
+    def fail(self, lane: Lane, error: Exception) -> None:
+        """End a lane by what failed of its own; all others go on."""
+        if lane not in self.alive:
+            return
+        lane.reason = "error"
+        self.counts.requests_failed += 1
+        result = self.lanes.generated(lane)
+        result.error = describe(error)
+        self.drop(lane, result, error)
+
+    def drop(
+        self, lane: Lane, result: Generated | BaseException, error: Exception | None = None
+    ) -> None:
+        """Take a lane out of everything, and give its result.
+
+        Args:
+            lane: any that is alive.
+            result: its dialogue, or what ended the engine's work.
+            error: what failed of its own.
+        """
         self._stop_reading(lane)
         self._leave(lane)
-        good = isinstance(result, Generated)
+        good = isinstance(result, Generated) and error is None
         # Who listens may go on from here, as in a chat; of a batch only the prompts are kept in mind.
         if good and lane.handle.listening and lane.branch.length and self.tree is not None:
             self._remember(lane)
@@ -212,7 +243,7 @@ class Lifecycle:
         self.lanes.remove(lane)
         if self.drafter is not None:
             self.drafter.forget(lane, result.tokens if isinstance(result, Generated) else ())
-        lane.handle.finish(result)
+        lane.handle.finish(result, error)
 
     def _leave(self, lane: Lane) -> None:
         """Take a lane from where it is."""

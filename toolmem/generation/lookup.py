@@ -96,6 +96,9 @@ class PromptLookup:
         """As ``Drafter.seconds``: looking up costs next to nothing."""
         return 0.0
 
+    def prefer_chains(self) -> None:
+        """It drafts nothing else."""
+
     def propose(self, lanes: Sequence[Lane], columns: Lanes, limits: Sequence[int]) -> list[Draft]:
         """As ``Drafter.propose``."""
         drafts = []

@@ -289,6 +289,24 @@ class Pager(PieceStore):
             slots,
         )
 
+    def each_token(
+        self, rows: np.ndarray, counts: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Where each token of a pass goes that ``prepare`` has seen to, as ``FusedDecoder.step`` takes it.
+
+        Args:
+            rows: (n,) int64 of active branches.
+            counts: (n,) int64, new tokens of each.
+
+        Returns:
+            by token: its branch's pages, the tokens before it, and its branch's slot.
+        """
+        own = np.repeat(rows, counts)
+        first = np.repeat(np.cumsum(counts) - counts, counts)
+        lengths = self.lengths[own] + np.arange(len(own)) - first
+        most = int(lengths.max()) // self.page_size + 1
+        return self.pages[own, :most], lengths, self.slots[own]
+
     def snapshot(self, rows: np.ndarray) -> list[Tensor]:
         """Copies of what has one size, of active branches, for ``rewind``; nothing where all grows."""
         slots = torch.from_numpy(self.slots[rows])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -163,7 +163,7 @@ class Reading(Lifecycle):
             kept = (
                 self.fused.room_to_keep(int(counts.sum())) if drafting and self.fused.conv else None
             )
-            hidden = self._decode(rows, chunk, counts, fed, kept)
+            hidden = self.fused.step(chunk[real], *pager.each_token(rows, counts), kept)
             last = np.cumsum(counts)[done] - 1
             if kept is not None:
                 for lane, row in zip(ready, (last - drafts[done]).tolist(), strict=True):
@@ -171,6 +171,8 @@ class Reading(Lifecycle):
                         lane.kept = kept, row
             states = hidden[torch.from_numpy(_ranges(last - drafts[done], own))]
             self._has_read(rows, fed, counts, certain)
+            if self.drafter is not None and self.drafter.window:
+                self._keep_features(objects, hidden.split(counts.tolist()), fed, certain)
             return self._with_followers(Read(ready, own.tolist(), states))
         if drafting:
             self._keep_states(drafting)
@@ -187,7 +189,7 @@ class Reading(Lifecycle):
             )
         self._has_read(rows, fed, counts, certain)
         if self.drafter is not None and self.drafter.window:
-            self._keep_features(objects, hidden[padding:], fed, certain)
+            self._keep_features(objects, hidden[padding:].unbind(), fed, certain)
         at = torch.from_numpy(np.repeat(done, own) + padding).to(self.device)
         column = torch.from_numpy(_ranges(certain[done] - 1, own)).to(self.device)
         return self._with_followers(Read(ready, own.tolist(), hidden[at, column]))
@@ -200,30 +202,11 @@ class Reading(Lifecycle):
 
     def _by_fused(self, counts: np.ndarray, drafting: list[Lane]) -> bool:
         """Whether the C code runs a pass, token by token, with no padding."""
-        if self.both_ways or (self.drafter is not None and self.drafter.window):
+        if self.both_ways:
             return False
         chains = all(lane.draft is None or lane.draft.is_chain for lane in drafting)
         most = FUSED_ROWS if self._ragged else kernels.MANY_ROWS
         return chains and int(counts.sum()) <= most and int(counts.max()) <= FUSED_TOKENS
-
-    def _decode(
-        self,
-        rows: np.ndarray,
-        chunk: np.ndarray,
-        counts: np.ndarray,
-        fed: np.ndarray,
-        kept: Tensor | None,
-    ) -> Tensor:
-        """Each token as a row of its own: what the head reads there, (tokens, dim)."""
-        assert self.fused is not None
-        pager = self.pager
-        own = np.repeat(np.arange(len(rows)), counts)
-        column = _ranges(np.zeros_like(counts), counts)
-        most = int(-(-(fed + counts).max() // pager.page_size))
-        slots = pager.slots[rows[own]] if self.fused.conv else None
-        return self.fused.step(
-            chunk[own, column], pager.pages[rows[own], :most], fed[own] + column, slots, kept
-        )
 
     def _keep_states(self, lanes: list[Lane]) -> None:
         """Note what has one size before drafts are read, for when some are not accepted."""
@@ -235,13 +218,13 @@ class Reading(Lifecycle):
                 lane.before = int(self.pager.lengths[row]), before
 
     def _keep_features(
-        self, lanes: list[Lane], hidden: Tensor, fed: np.ndarray, counts: np.ndarray
+        self, lanes: list[Lane], hidden: Sequence[Tensor], fed: np.ndarray, counts: np.ndarray
     ) -> None:
-        """Keep what the head read at the last certain tokens of each lane."""
-        columns = (fed.tolist(), counts.tolist())
-        for at, (lane, start, count) in enumerate(zip(lanes, *columns, strict=True)):
+        """Keep what the head read at the last certain tokens of each lane, of its rows of a pass."""
+        columns = (hidden, fed.tolist(), counts.tolist())
+        for lane, own, start, count in zip(lanes, *columns, strict=True):
             known = max(0, lane.featured - start)  # read before, and again after a draft failed
-            self._add_features(lane, hidden[at, known:count], start + count)
+            self._add_features(lane, own[known:count], start + count)
 
     def _add_features(self, lane: Lane, new: Tensor, stop: int) -> None:
         assert self.drafter is not None

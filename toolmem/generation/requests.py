@@ -125,6 +125,7 @@ class Handle:
         Raises:
             TimeoutError: when it is not there by then; it goes on.
             ToolmemError: when the engine failed, or was closed.
+            Exception: what its own sampler, constraint or tool's answer raised.
         """
         with self._changed:
             if not self._changed.wait_for(lambda: self.done, timeout):
@@ -146,6 +147,14 @@ class Handle:
             raise self._error
         assert self._result is not None
         return self._result
+
+    def dialogue(self) -> Generated:
+        """What became of a request that is done, one that failed by something of its own as well.
+
+        Raises:
+            ToolmemError: when the engine failed, or was closed.
+        """
+        return self._outcome() if self._result is None else self._result
 
     def __iter__(self) -> Iterator[Event]:
         while True:
@@ -192,11 +201,16 @@ class Handle:
                 self._events.extend(events)
             self._wake()
 
-    def finish(self, result: Generated | BaseException) -> None:
-        """Hand out the end."""
+    def finish(self, result: Generated | BaseException, error: Exception | None = None) -> None:
+        """Hand out the end.
+
+        Args:
+            result: the dialogue, or what ended the engine's work.
+            error: what failed of the dialogue's own.
+        """
         with self._changed:
             if isinstance(result, Generated):
-                self._result = result
+                self._result, self._error = result, error
             else:
                 self._error = result
             self._wake()

@@ -39,5 +39,8 @@ class Scheduler(Writing):
             written.append(self._read(group))
         self._write(written)
         for lane in list(self._listened):
-            self._tell(lane)
+            try:
+                self._tell(lane)
+            except Exception as error:
+                self.fail(lane, error)
         return True

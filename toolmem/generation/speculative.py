@@ -24,6 +24,8 @@ from toolmem.errors import ToolmemError
 from toolmem.generation.paging import Branch, Pager
 from toolmem.generation.pieces import NoRoom
 from toolmem.generation.planning import model_seconds, pass_seconds
+from toolmem.models.fused import FusedDecoder
+from toolmem.models.kernels.functions import MANY_ROWS, likeliest
 
 if TYPE_CHECKING:
     from toolmem.generation.lanes import Lane, Lanes
@@ -78,6 +80,9 @@ class Drafter(Protocol):
     def seconds(self, lanes: int) -> float:
         """What drafting one token more takes, for so many lanes together; as ``planning.pass_seconds``."""
 
+    def prefer_chains(self) -> None:
+        """The engine checks chains much faster than trees: draft those, unless trees were asked for."""
+
     def forget(self, lane: Lane | None, tokens: Sequence[int] = ()) -> None:
         """Let go of what is kept of a lane; of what hangs on weights, for all, when None.
 
@@ -124,6 +129,7 @@ class DraftModel:
         self.pager = Pager(
             model, max_active=max_lanes, page_size=page_size, memory_limit=memory_limit
         )
+        self.fused = FusedDecoder.of(model, self.pager.state)
         self._branches: dict[Lane, Branch] = {}
 
     @torch.no_grad()
@@ -171,6 +177,10 @@ class DraftModel:
         """Read chunks, and the likeliest token behind each."""
         counts = np.array([len(chunk) for chunk in chunks])
         pager, device = self.pager, self.pager.state.device
+        if self.fused is not None and int(counts.sum()) <= MANY_ROWS:
+            hidden = self.fused.step(np.concatenate(chunks), *pager.each_token(rows, counts))
+            pager.lengths[rows] += counts
+            return likeliest(self.model.logits(hidden[np.cumsum(counts) - 1]))[0]
         order = np.argsort(-(-(pager.lengths[rows] + counts) // pager.page_size), kind="stable")
         padded = np.zeros((len(rows), int(counts.max())), dtype=np.int64)
         for at, i in enumerate(order):
@@ -183,14 +193,17 @@ class DraftModel:
         )
         pager.lengths[rows] += counts
         last = torch.from_numpy(counts[order] - 1).to(device)
-        best = self.model.logits(hidden[torch.arange(len(rows), device=device), last]).argmax(-1)
+        logits = self.model.logits(hidden[torch.arange(len(rows), device=device), last])
         chosen = np.empty(len(rows), dtype=np.int64)
-        chosen[order] = best.cpu().numpy()
+        chosen[order] = likeliest(logits)[0]
         return chosen
 
     def seconds(self, lanes: int) -> float:
         """As ``Drafter.seconds``: a pass of the smaller model."""
         return model_seconds(self.model, lanes)
+
+    def prefer_chains(self) -> None:
+        """It drafts nothing else."""
 
     def forget(self, lane: Lane | None, tokens: Sequence[int] = ()) -> None:
         """As ``Drafter.forget``."""
@@ -205,15 +218,21 @@ class DraftHeads:
 
     Args:
         model: the engine's own.
-        tree: draft trees; else only the likeliest path, as for models whose state is of one size.
+        tree: draft trees; False for the likeliest path alone; None for whichever the engine checks
+            faster.
     """
 
-    def __init__(self, model: Drafting, tree: bool = True) -> None:
-        from toolmem.models.draft_trees import Topology
-
+    def __init__(self, model: Drafting, tree: bool | None = None) -> None:
         self.model = model
+        self.tree = tree
         self.max_tokens = model.topology.depth
         self.window = model.window
+        self._shape(tree is not False)
+
+    def _shape(self, tree: bool) -> None:
+        from toolmem.models.draft_trees import Topology
+
+        model = self.model
         self.width = len(model.topology) / self.max_tokens if tree else 1.0
         self.topologies = {
             limit: Topology.of(path for path in model.topology.paths if len(path) <= limit)
@@ -254,6 +273,11 @@ class DraftHeads:
             tokens[at, width - len(one) :] = torch.from_numpy(last.copy())
         counts = torch.tensor([len(one) for one in kept], device=features.device)
         return features, tokens.to(features.device), counts
+
+    def prefer_chains(self) -> None:
+        """As ``Drafter.prefer_chains``."""
+        if self.tree is None:
+            self._shape(tree=False)
 
     def seconds(self, lanes: int) -> float:
         """As ``Drafter.seconds``: one layer, and what the heads multiply with."""

@@ -168,7 +168,12 @@ def fork_all(
         for node in nodes
     ]
     pairs = []
-    for node, handle in zip(nodes, engine.finish(requests, branches, keep=True), strict=True):
+    handles = engine.finish(requests, branches, keep=True)
+    if any(handle.dialogue().finish_reason == "error" for handle in handles):
+        for handle in handles:
+            if handle.branch is not None:
+                engine.free_branch(handle.branch)
+    for node, handle in zip(nodes, handles, strict=True):
         result = handle.result()
         known = len(node.tokens)
         dialogue = Generated(

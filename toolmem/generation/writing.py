@@ -38,7 +38,17 @@ class Writing(Reading):
         rows = np.array([n for part in read for n in part.rows], dtype=np.int64)
         index = np.fromiter((lane.index for lane in lanes), np.int64, len(lanes))
         hidden = torch.cat([part.hidden for part in read])
-        tokens, log_probs = self._choose(lanes, index, rows, self._logits(hidden))
+        logits = self._logits(hidden)
+        try:
+            tokens, log_probs = self._choose(lanes, index, rows, logits)
+        except Exception:  # whose is it?
+            good = self._that_choose(lanes, index, rows, logits)
+            keep = np.repeat(good, rows)
+            lanes = [lane for lane, fine in zip(lanes, good.tolist(), strict=True) if fine]
+            if not lanes:
+                return
+            index, rows, hidden = index[good], rows[good], hidden[torch.from_numpy(keep)]
+            tokens, log_probs = self._choose(lanes, index, rows, logits[torch.from_numpy(keep)])
         if rows.max() == 1:
             self.lanes.used(index)
             self._put(lanes, index, tokens, log_probs)
@@ -136,7 +146,9 @@ class Writing(Reading):
             lane = lanes[at]
             if ended[at]:
                 self.finish(lane, "end")
-            elif self._stopped(lane, int(tokens[at])):
+            elif (stopped := self._stopped(lane, int(tokens[at]))) is None:
+                continue
+            elif stopped:
                 self.finish(lane, "stop")
             elif called[at]:
                 callers.append(lane)
@@ -184,6 +196,22 @@ class Writing(Reading):
         log_probs = logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(dim=-1)
         return chosen.cpu().numpy(), log_probs.cpu().numpy()
 
+    def _that_choose(
+        self, lanes: list[Lane], index: np.ndarray, rows: np.ndarray, logits: Tensor
+    ) -> np.ndarray:
+        """(n,) bool: which lanes' samplers choose by themselves; the others end by what they raise."""
+        good = np.ones(len(lanes), dtype=bool)
+        stops = np.cumsum(rows).tolist()
+        for at, lane in enumerate(lanes):
+            own = slice(at, at + 1)
+            mine = logits[stops[at] - int(rows[at]) : stops[at]]
+            try:
+                self._choose([lane], index[own], rows[own], mine)
+            except Exception as error:
+                good[at] = False
+                self.fail(lane, error)
+        return good
+
     def _histories(self, lane: Lane) -> Iterator[History]:
         """What a lane holds, and what it would hold at each of its drafts."""
         yield self.lanes.history(lane)
@@ -192,17 +220,24 @@ class Writing(Reading):
             paths.append([*(paths[parent] if parent >= 0 else []), token])
             yield self.lanes.history(lane, paths[-1])
 
-    def _stopped(self, lane: Lane, token: int) -> bool:
-        """Whether what it wrote last is one of its stop tokens, or ends one of its stop strings."""
+    def _stopped(self, lane: Lane, token: int) -> bool | None:
+        """Whether what it wrote last is one of its stop tokens, or ends one of its stop strings.
+
+        None where that cannot be told: it has failed.
+        """
         request = lane.request
         if token in request.stop_tokens:
             return True
         if not request.stop_strings or token == self._database:
             return False
         # a token of text has a byte at least, and those of a character may be cut at the front
-        longest = max(len(string.encode(errors="replace")) for string in request.stop_strings)
-        said = self.lanes.turn_text(lane, longest + 4)
-        return any(string in said for string in request.stop_strings)
+        try:
+            longest = max(len(string.encode(errors="replace")) for string in request.stop_strings)
+            said = self.lanes.turn_text(lane, longest + 4)
+            return any(string in said for string in request.stop_strings)
+        except Exception as error:
+            self.fail(lane, error)
+            return None
 
     def _call(self, lanes: list[Lane]) -> None:
         """Hand the lanes' queries to their tools."""
@@ -214,9 +249,9 @@ class Writing(Reading):
                 allowed.append(lane)
             else:
                 self.finish(lane, "tool_calls")
+        allowed, texts = self._each(allowed, self.lanes.call_text)
         if not allowed or self.calls is None:
             return
-        texts = [self.lanes.call_text(lane) for lane in allowed]
         self.counts.tool_calls += len(texts)
         at_once = []
         for lane, text, future in zip(allowed, texts, self.calls.submit(texts), strict=True):
@@ -228,6 +263,33 @@ class Writing(Reading):
                 self.calling.add(lane)
                 future.add_done_callback(self._note(lane))
         self._absorb(at_once)
+
+    def _each(self, lanes: list[Lane], ask: Callable[[Lane], str]) -> tuple[list[Lane], list[str]]:
+        """A text of each lane, and the lanes; those for which asking raises end by it."""
+        good, texts = [], []
+        for lane in lanes:
+            try:
+                texts.append(ask(lane))
+                good.append(lane)
+            except Exception as error:
+                self.fail(lane, error)
+        return good, texts
+
+    def _encoded(self, lanes: list[Lane]) -> Iterator[tuple[Lane, Answer, list[int]]]:
+        """The answer of each lane's tool with its token ids; a lane whose answer has none ends by it."""
+        lanes, texts = self._each(lanes, lambda lane: _answer(lane).text)
+        try:
+            encoded = self.tokenizer.encode_batch(texts)
+        except Exception:  # whose is it?
+            encoded = []
+            for lane, text in zip(list(lanes), texts, strict=True):
+                try:
+                    encoded += self.tokenizer.encode_batch([text])
+                except Exception as error:
+                    lanes.remove(lane)
+                    self.fail(lane, error)
+        for lane, ids in zip(lanes, encoded, strict=True):
+            yield lane, _answer(lane), ids
 
     def _note(self, lane: Lane) -> Callable[[Future[Answer]], None]:
         def note(_: Future[Answer]) -> None:
@@ -254,9 +316,7 @@ class Writing(Reading):
         """Force tools' answers into their dialogues."""
         if not lanes:
             return
-        answers = [lane.future.result() for lane in lanes if lane.future is not None]
-        encoded = self.tokenizer.encode_batch([answer.text for answer in answers])
-        for lane, answer, ids in zip(lanes, answers, encoded, strict=True):
+        for lane, answer, ids in list(self._encoded(lanes)):
             lane.tool_calls.append((lane.query, answer))
             lane.future = None
             self.counts.tool_errors += answer.error
@@ -268,3 +328,8 @@ class Writing(Reading):
             self.counts.tokens_forced += len(forced)
             if self.lanes.full(np.array([lane.index]))[0]:
                 self.finish(lane, "length")
+
+
+def _answer(lane: Lane) -> Answer:
+    assert lane.future is not None
+    return lane.future.result()

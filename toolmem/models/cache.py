@@ -250,7 +250,8 @@ class TokenState(LaneState):
             # Not through a view: where heads are one, inductor of torch 2.13 copies all of what a view
             # is written to (2 GB of pages, a second a step).
             between = [slice(None)] * (self.token_dims[name] - 1)
-            tensor[(rows, *between, slots)] = value.to(tensor.dtype)
+            index: tuple[Any, ...] = (rows, *between, slots)
+            tensor[index] = value.to(tensor.dtype)
 
     def places(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Where tokens go: indices into the first and the token dimension.

@@ -234,7 +234,7 @@ class FusedDecoder:
             tokens: (n,) int64.
             pages: (n, most) int64, of each row's lane.
             lengths: (n,) int64, tokens of the lane before this one. Rows of one lane stand in order.
-            slots: (n,) int64, where the lanes' convolutions keep their inputs; None without them.
+            slots: (n,) int64, where the lanes' convolutions keep their inputs; None for models without.
             kept: of ``room_to_keep``, for ``go_back``; None where no row will be taken back.
 
         Returns:
@@ -257,7 +257,10 @@ class FusedDecoder:
         room = torch.empty(n * self.room)
         tables = np.ascontiguousarray(pages, dtype=np.int32)
         before = np.ascontiguousarray(lengths, dtype=np.int32)
-        places = None if slots is None else np.ascontiguousarray(slots, dtype=np.int64)
+        places = None
+        if self.conv:
+            assert slots is not None
+            places = np.ascontiguousarray(slots, dtype=np.int64)
         self.shape.threads = torch.get_num_threads()
         failed = built.decode_blocks(
             ctypes.byref(self.shape),

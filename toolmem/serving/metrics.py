@@ -39,7 +39,11 @@ COUNTERS: dict[str, tuple[str, str, dict[str, str]]] = {
     "toolmem_dialogues": (
         "Dialogues that are over",
         "outcome",
-        {"finished": "requests_finished", "cancelled": "requests_cancelled"},
+        {
+            "finished": "requests_finished",
+            "cancelled": "requests_cancelled",
+            "failed": "requests_failed",
+        },
     ),
 }
 PLAIN_COUNTERS = {

@@ -224,6 +224,7 @@ class GRPO(LanguageModelModule):
         from toolmem.data.text.token_table import prompt_tokens
         from toolmem.evaluation.recall import answer_budget
         from toolmem.generation import Engine, Sampling
+        from toolmem.generation.reference import check_all
 
         tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         if self._engine is None:
@@ -237,13 +238,15 @@ class GRPO(LanguageModelModule):
             )
         self._engine.update_weights()
         prompts = [prompt_tokens(question.question, tokenizer) for question in questions]
-        return self._engine.generate(
+        generated = self._engine.generate(
             [prompt for prompt in prompts for _ in range(self.samples)],
             max_new_tokens=self.max_new_tokens or answer_budget(questions, tokenizer),
             max_tool_calls=self.max_tool_calls,
             sampler=Sampling(),
             seed=seeds,
         )
+        check_all(generated)
+        return generated
 
     def reward(self, question: Dialogue, dialogue: Generated) -> float:
         """What a dialogue earns: 1 if it ends with the exact answer, else 0.
