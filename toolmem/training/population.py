@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -54,9 +54,10 @@ from toolmem.training.stacked_optimizer import (
 )
 
 FOLDER = "members"  # in the run's folder: a run's folder for each member
-# Numbers of the stream (padded tokens times width) that members share a pass for on a CPU: with more,
-# a pass is busy enough by itself, and its activations leave the cache. See benchmarks/population.py.
-CPU_NUMBERS = 2**14
+# On a CPU a member runs with others where its batch, padded tokens times the width squared, is no more
+# work than this: beyond, a pass is busy enough by itself. What was measured: benchmarks/population.py.
+CPU_WORK = 400_000
+CPU_LEAST, CPU_AT_ONCE = 4, 16  # fewer do not pay for what vmap costs; more were not tried
 
 
 class PopulationModule(LanguageModelModule):
@@ -98,6 +99,7 @@ class PopulationModule(LanguageModelModule):
                     "they must be 0 or more, and 1 or more"
                 )
         self.stack = Stack([first_weights(self.model, member.seed) for member in members])
+        self._frame = dict(self.model.named_parameters())
         self.done_at: dict[int, int] = {}  # member -> steps that it took, of those that are done
         self.losses = torch.zeros(len(members), dtype=torch.float64)  # since the last report
         self.counts = torch.zeros(len(members), dtype=torch.int64)
@@ -173,7 +175,7 @@ class PopulationModule(LanguageModelModule):
         if self.init_from is not None and not self._resumed:
             super().on_fit_start()
             for member in range(len(self.members)):
-                self.stack.take(member, self.model)
+                self.stack.take(member, self._frame)
         reason = None
         if len(self.members) > 1 and self.at_once != 1:
             reason = why_not_joint(self.model, self.stack, self.device)
@@ -247,7 +249,7 @@ class PopulationModule(LanguageModelModule):
         """Ask the members that are due; those whose probe would end their run are done."""
         self._found = []
         for number in self.active if self._probes else []:
-            self.stack.give(number, self.model)
+            self.stack.give(number, self._frame)
             if self._probes[number].ask():
                 self.finish(number)
         if self._found:  # the mean over the members that were asked
@@ -275,7 +277,7 @@ class PopulationModule(LanguageModelModule):
         batches = {m: one for m, one in batch.members.items() if m not in self.done_at}
         self._gradients = {}
         loss = torch.zeros((), device=self.device)
-        for group in groups_of(batches, self.at_once if self._joint else 1, self._worth_it):
+        for group in self._groups(batches):
             if len(group) == 1:
                 sums, gradients = self._alone(group[0], batches[group[0]])
             else:
@@ -297,21 +299,26 @@ class PopulationModule(LanguageModelModule):
         self._pending += total
         return loss * self.trainer.accumulate_grad_batches
 
-    def _worth_it(self, members: int, rows: int, seq: int) -> bool:
-        """Is a group of that padded size to be run together?"""
+    def _groups(self, batches: Mapping[int, Batch]) -> Iterator[list[int]]:
+        """The members that run together."""
+        if not self._joint:
+            return groups_of(batches, 1)
         if self.at_once is not None or self.device.type != "cpu":
-            return True
-        return members * rows * seq * self.model.dim <= CPU_NUMBERS
+            return groups_of(batches, self.at_once or max(len(batches), 1))
+        square = self.model.dim**2
+        return groups_of(
+            batches, CPU_AT_ONCE, CPU_LEAST, lambda rows, seq: rows * seq * square <= CPU_WORK
+        )
 
     def _alone(self, member: int, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """One member's loss and gradients, shapes as of a group of one, by the model itself."""
-        self.stack.give(member, self.model)
+        self.stack.give(member, self._frame)
         extras = Extras()
         loss, count = self.loss_sum(batch, self._hidden, extras)
         if extras.losses or extras.metrics:
             self.train_extras.update({**extras.losses, **extras.metrics}, count)
         total = loss + count * sum(extras.losses.values())
-        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        trained = {name: p for name, p in self._frame.items() if p.requires_grad}
         found = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
         gradients = {n: g[None] for n, g in zip(trained, found, strict=True) if g is not None}
         return loss.detach()[None], gradients
@@ -433,7 +440,7 @@ class PopulationModule(LanguageModelModule):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add up a member's loss, and its right answers where its data asks for them."""
-        self.stack.give(dataloader_idx, self.model)
+        self.stack.give(dataloader_idx, self._frame)
         logits, targets = self.logits_and_targets(batch, self.model.hidden)
         loss = F.cross_entropy(logits, targets, reduction="sum")
         asked = getattr(self.datamodule.members[dataloader_idx], "wants_accuracy", False)
@@ -463,7 +470,7 @@ class PopulationModule(LanguageModelModule):
         self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> dict[str, Tensor]:
         """Each row's summed loss in nats (``loss``), and its loss-bearing tokens (``count``)."""
-        self.stack.give(dataloader_idx, self.model)
+        self.stack.give(dataloader_idx, self._frame)
         return super().predict_step(batch, batch_idx)
 
     # ---- checkpoints
@@ -471,7 +478,7 @@ class PopulationModule(LanguageModelModule):
     def _export(self, member: int) -> None:
         if self.trainer.fast_dev_run or not self.trainer.is_global_zero:  # type: ignore[attr-defined]
             return
-        self.stack.give(member, self.model)
+        self.stack.give(member, self._frame)
         about = checkpoints.describe(
             self.model,
             self.datamodule.members[member].checkpoint_info(),  # type: ignore[attr-defined]

@@ -55,16 +55,16 @@ class Stack(nn.Module):
         return {name: getattr(self, key) for name, key in self._keys.items()}
 
     @torch.no_grad()
-    def give(self, member: int, model: nn.Module) -> None:
-        """Copy a member's weights into a model of its shape."""
-        for name, parameter in model.named_parameters():
-            parameter.copy_(getattr(self, self._keys[name])[member])
+    def give(self, member: int, parameters: Mapping[str, Tensor]) -> None:
+        """Copy a member's weights into a model's parameters, by their names."""
+        for name, parameter in parameters.items():
+            parameter.copy_(self._parameters[self._keys[name]][member])  # type: ignore[index]
 
     @torch.no_grad()
-    def take(self, member: int, model: nn.Module) -> None:
-        """Copy a model's weights into a member."""
-        for name, parameter in model.named_parameters():
-            getattr(self, self._keys[name])[member] = parameter
+    def take(self, member: int, parameters: Mapping[str, Tensor]) -> None:
+        """Copy a model's parameters, by their names, into a member."""
+        for name, parameter in parameters.items():
+            self._parameters[self._keys[name]][member] = parameter  # type: ignore[index]
 
 
 class _Folded(torch.autograd.Function):
@@ -290,30 +290,27 @@ def why_not_joint(model: LanguageModel, stack: Stack, device: torch.device) -> s
 
 
 def groups_of(
-    batches: Mapping[int, Batch], at_once: int | None, fits: Callable[[int, int, int], bool]
+    batches: Mapping[int, Batch],
+    at_once: int,
+    least: int = 2,
+    worth: Callable[[int, int], bool] = lambda rows, seq: True,
 ) -> Iterator[list[int]]:
     """Members that run together, those of like batches, so that little is padded.
 
     Args:
         batches: by member.
-        at_once: the most members of a group; None for no limit of its own.
-        fits: (members, rows, seq) -> is a group of that padded size worth it?
+        at_once: the most members of a group.
+        least: members below which none is run with others.
+        worth: (rows, seq) -> is a member with such a batch run with others?
     """
-    order = sorted(batches, key=lambda i: (*reversed(batches[i].tokens.shape), i))
-    if at_once is None and fits(len(order), *_padded_shape(batches, order)):
-        order = sorted(batches)
-    group: list[int] = []
-    for member in order:
-        larger = [*group, member]
-        full = at_once is not None and len(larger) > at_once
-        if group and (full or not fits(len(larger), *_padded_shape(batches, larger))):
-            yield group
-            larger = [member]
-        group = larger
-    if group:
-        yield group
-
-
-def _padded_shape(batches: Mapping[int, Batch], members: Sequence[int]) -> tuple[int, int]:
-    shapes = [batches[member].tokens.shape for member in members]
-    return max(shape[0] for shape in shapes), max(shape[1] for shape in shapes)
+    like = sorted(batches, key=lambda member: (*reversed(batches[member].tokens.shape), member))
+    together = [member for member in like if worth(*batches[member].tokens.shape)]
+    if at_once < 2 or len(together) < least:
+        together = []
+    if len(together) == len(like) <= at_once:
+        together.sort()  # everybody in their order is run without a copy
+    n_groups = -(-len(together) // at_once)
+    for group in range(n_groups):  # of like sizes
+        first, last = (len(together) * i // n_groups for i in (group, group + 1))
+        yield together[first:last]
+    yield from ([member] for member in like if member not in together)
