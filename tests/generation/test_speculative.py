@@ -85,7 +85,7 @@ class Guess:
         return drafts
 
     def seconds(self, lanes):
-        return -1.0  # it always pays
+        return -1.0, -1.0  # it always pays
 
     def prefer_chains(self):
         pass
@@ -235,7 +235,7 @@ class Cheap(DraftModel):
     """A draft model that counts as if it cost nothing, as it does beside a large model."""
 
     def seconds(self, lanes):
-        return -1.0  # it always pays
+        return -1.0, -1.0  # it always pays
 
 
 class CheapHeads(DraftHeads):
@@ -266,7 +266,7 @@ def test_a_drafter_that_cannot_pay_says_so_and_does_not_draft(caplog):
 
     class Slow(DraftModel):
         def seconds(self, lanes):
-            return 1.0
+            return 0.0, 1.0
 
     histogram, _ = check(model, Slow(model, 3), None, ragged_prompts(3))
     assert histogram["passes"] == 0
@@ -313,7 +313,7 @@ def test_sampled_dialogues_have_the_exact_distribution():
             return [chain([17, 17][:limit]) if limit else Draft([], []) for limit in limits]
 
         def seconds(self, lanes):
-            return -1.0
+            return -1.0, -1.0
 
         def prefer_chains(self):
             pass

@@ -92,9 +92,9 @@ class PromptLookup:
         self._pool = [NgramIndex(self._pool_lengths)]
         self._own: dict[Lane, NgramIndex] = {}
 
-    def seconds(self, lanes: int) -> float:
+    def seconds(self, lanes: int) -> tuple[float, float]:
         """As ``Drafter.seconds``: looking up costs next to nothing."""
-        return 0.0
+        return 0.0, 0.0
 
     def prefer_chains(self) -> None:
         """It drafts nothing else."""

@@ -17,6 +17,7 @@ FLOPS_A_SECOND = 1e11
 # And of this code, for what drafts are worth.
 SECONDS_A_STEP = 150e-6  # beside its passes
 SECONDS_A_ROW = 8e-6  # of a pass, beside its matmuls
+SECONDS_A_DRAFT_CALL = 400e-6  # of a model that drafts, by torch's operations
 SECONDS_A_DRAFT = 25e-6  # looking for one, and going along it
 
 # A pass for prompts and answers alone pays when it has so many times its overhead in tokens; until then
@@ -82,8 +83,10 @@ def draft_costs(model: LanguageModel, drafter: Drafter, lanes: int) -> DraftCost
     """What drafts cost each of some lanes that share a pass."""
     row = token_seconds(model) + SECONDS_A_ROW
     a_pass = SECONDS_A_STEP + model_seconds(model, lanes) + lanes * SECONDS_A_ROW
-    token = drafter.width * row * lanes + drafter.seconds(lanes)
-    return DraftCosts(max(token / a_pass, 1e-9), SECONDS_A_DRAFT * lanes / a_pass)
+    draft, token = drafter.seconds(lanes)
+    draft += SECONDS_A_DRAFT * lanes
+    token += drafter.width * row * lanes
+    return DraftCosts(max(token / a_pass, 1e-9), draft / a_pass)
 
 
 def pass_overhead(model: LanguageModel) -> int:

@@ -221,6 +221,10 @@ class Reading(Lifecycle):
         self, lanes: list[Lane], hidden: Sequence[Tensor], fed: np.ndarray, counts: np.ndarray
     ) -> None:
         """Keep what the head read at the last certain tokens of each lane, of its rows of a pass."""
+        if not self.acceptance.may_pay(self.draft_costs(len(self.running))):
+            for lane in lanes:  # nothing is drafted with so many, and a gap cannot be filled later
+                lane.features, lane.featured = None, 0
+            return
         columns = (hidden, fed.tolist(), counts.tolist())
         for lane, own, start, count in zip(lanes, *columns, strict=True):
             known = max(0, lane.featured - start)  # read before, and again after a draft failed

@@ -23,7 +23,7 @@ from torch import Tensor
 from toolmem.errors import ToolmemError
 from toolmem.generation.paging import Branch, Pager
 from toolmem.generation.pieces import NoRoom
-from toolmem.generation.planning import model_seconds, pass_seconds
+from toolmem.generation.planning import SECONDS_A_DRAFT_CALL, model_seconds, pass_seconds
 from toolmem.models.fused import FusedDecoder
 from toolmem.models.kernels.functions import MANY_ROWS, likeliest
 
@@ -77,8 +77,8 @@ class Drafter(Protocol):
             limits: the most tokens that a path of each may have.
         """
 
-    def seconds(self, lanes: int) -> float:
-        """What drafting one token more takes, for so many lanes together; as ``planning.pass_seconds``."""
+    def seconds(self, lanes: int) -> tuple[float, float]:
+        """What a draft takes for so many lanes together, and each of its tokens, as ``planning`` reckons."""
 
     def prefer_chains(self) -> None:
         """The engine checks chains much faster than trees: draft those, unless trees were asked for."""
@@ -198,9 +198,10 @@ class DraftModel:
         chosen[order] = likeliest(logits)[0]
         return chosen
 
-    def seconds(self, lanes: int) -> float:
-        """As ``Drafter.seconds``: a pass of the smaller model."""
-        return model_seconds(self.model, lanes)
+    def seconds(self, lanes: int) -> tuple[float, float]:
+        """As ``Drafter.seconds``: a pass of the smaller model a token."""
+        calls = SECONDS_A_DRAFT_CALL / (4 if self.fused is not None else 1)
+        return 0.0, calls + model_seconds(self.model, lanes)
 
     def prefer_chains(self) -> None:
         """It drafts nothing else."""
@@ -279,9 +280,10 @@ class DraftHeads:
         if self.tree is None:
             self._shape(tree=False)
 
-    def seconds(self, lanes: int) -> float:
-        """As ``Drafter.seconds``: one layer, and what the heads multiply with."""
-        return pass_seconds(1, self.model.draft_weights(), lanes)
+    def seconds(self, lanes: int) -> tuple[float, float]:
+        """As ``Drafter.seconds``."""
+        call = SECONDS_A_DRAFT_CALL + pass_seconds(1, self.model.draft_weights(), lanes)
+        return (call, 0.0) if self.model.drafts_at_once else (0.0, call)
 
     def forget(self, lane: Lane | None, tokens: Sequence[int] = ()) -> None:
         """It keeps nothing; the engine keeps the features."""

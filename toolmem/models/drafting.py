@@ -48,6 +48,7 @@ class Drafting(LanguageModel):
     multi_token: TokensAhead
     topology: Topology  # may be exchanged for one that was measured
     window: int = 1  # how many of the last features a draft wants
+    drafts_at_once = True  # all depths by one call of the modules; else each depth by another
 
     def __init__(
         self,
@@ -101,8 +102,8 @@ class Drafting(LanguageModel):
         raise NotImplementedError
 
     def draft_weights(self) -> int:
-        """Weights that drafting a token more is multiplied with: here each depth has its own."""
-        return sum(p.numel() for p in self.multi_token.parameters()) // self.depth
+        """Weights that a call of the modules multiplies with."""
+        return sum(p.numel() for p in self.multi_token.parameters())
 
     @torch.no_grad()
     def start_heads(self) -> None:

@@ -188,6 +188,8 @@ class Eagle(Drafting):
 
     multi_token: FeaturePredictor
 
+    drafts_at_once = False
+
     def __init__(
         self,
         vocab_size: int,
@@ -224,8 +226,8 @@ class Eagle(Drafting):
 
     @torch.no_grad()
     def draft_weights(self) -> int:
-        """As ``Drafting.draft_weights``: one layer for every depth, and the base's head behind it."""
-        return sum(p.numel() for p in self.multi_token.parameters()) + self.head.weight.numel()
+        """As ``Drafting.draft_weights``: the layer's, and the base's head behind it."""
+        return super().draft_weights() + self.head.weight.numel()
 
     def draft(
         self,
