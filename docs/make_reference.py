@@ -23,6 +23,7 @@ from toolmem.cli.generate import generate
 from toolmem.cli.inspect import inspect as inspect_recipe
 from toolmem.cli.inspect_init import inspect_init
 from toolmem.cli.plot import norms as plot_norms
+from toolmem.cli.plot import searches as plot_searches
 from toolmem.cli.serve import serve
 from toolmem.cli.sweep import sweep
 from toolmem.cli.tokenizer import train as tokenizer_train
@@ -197,6 +198,7 @@ def page() -> str:
     text += command("toolmem inspect", inspect_recipe)
     text += command("toolmem inspect init", inspect_init)
     text += command("toolmem plot norms", plot_norms, ("run",))
+    text += command("toolmem plot searches", plot_searches, ("sweep",))
     for name, (function, positional, _) in facts_cli.COMMANDS.items():
         text += command(f"toolmem facts {name}", function, tuple(positional))
     text += command("toolmem tool sql", sql, ("file", "query"))

@@ -85,6 +85,7 @@ def test_a_finished_sweep_is_only_drawn_again(finished, toolmem):
     assert written_at(out) == before
     assert (out / "report.png").is_file()
     assert "best lr" in called.out
+    assert "has no search: its plot is report.html" in toolmem("plot", "searches", out).err
     (out / "results.duckdb").unlink()  # it is made again of what the workers left
     assert toolmem("sweep", finished / "toy.yaml", "--out", out).code == 0
     assert len(rows_of(out)) == 4
@@ -216,6 +217,11 @@ def test_a_search_finds_the_smallest_and_is_only_drawn_again(toolmem, tmp_path):
     assert answers[0]["member"] != answers[1]["member"]
     assert (out / "report.png").is_file()
     assert "params_total" in called.out
+    drawn = toolmem("plot", "searches", out, "--out", tmp_path / "drawn")
+    assert drawn.code == 0, drawn.err
+    assert (tmp_path / "drawn" / "report.html").is_file()
+    assert (tmp_path / "drawn" / "searches.csv").read_text() == (out / "searches.csv").read_text()
+    assert "is no folder of a sweep" in toolmem("plot", "searches", tmp_path).err
     before = written_at(out)
     (out / "results.duckdb").unlink()
     assert toolmem("sweep", recipe, "--out", out).code == 0

@@ -5,14 +5,16 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from toolmem.analysis.report import write_report
 from toolmem.analysis.sweep_plot import COLOURS, MARKERS, distinct, labels_of, save_pictures
+from toolmem.data.people import ATTRIBUTES
 from toolmem.errors import ToolmemError
+from toolmem.files import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -270,6 +272,84 @@ def write_search_report(
         ],
     )
     return heads, cells
+
+
+def plot_folder(sweep: str | Path, out: str | Path, published: str | None = None) -> list[Path]:
+    """Draw a sweep's searches from its folder; return the files.
+
+    Args:
+        sweep: the folder.
+        out: where to.
+        published: a CSV of published means, drawn beside.
+
+    Raises:
+        ToolmemError: when the folder is of no sweep with searches, or none is over.
+    """
+    from toolmem.sweeps.folder import SweepFolder
+    from toolmem.sweeps.recipe import ReportRecipe, SweepRecipe
+    from toolmem.sweeps.search import SearchPlan
+
+    folder = SweepFolder(Path(sweep))
+    if not (folder.path / "sweep.yaml").is_file():
+        raise ToolmemError(f"{sweep} is no folder of a sweep: it has no sweep.yaml")
+    recipe = SweepRecipe.read(folder.path / "sweep.yaml")
+    if recipe.search is None:
+        raise ToolmemError(
+            f"{folder.path / 'sweep.yaml'} has no search: its plot is report.html there"
+        )
+    if recipe.report is None:
+        names = [axis.name for axis in recipe.axes]
+        if len(names) != 1:
+            raise ToolmemError(
+                f"{folder.path / 'sweep.yaml'} has no report: it says what is drawn along"
+            )
+        recipe = replace(recipe, report=ReportRecipe("params_total", names[0], mode="min"))
+    plan = SearchPlan(recipe)
+    rows = {row["name"]: row for row in folder.results.rows()}
+    answers = plan.answers(rows)
+    command = f"toolmem sweep sweep.yaml --out {folder.path.name}"
+    write_search_report(out, recipe, answers, plan.mine(rows), command, published)
+    write_csv(Path(out) / "searches.csv", answers)
+    files = ("report.html", "report.png", "report.svg", "searches.csv")
+    return [Path(out) / name for name in files]
+
+
+CSV_COLUMNS = {
+    "recall_threshold": "reach",
+    "seed": "seed",
+    "params_total": "params_total",
+    "params_non_embedding": "params_non_embedding",
+    "tokens_trained": "tokens",
+    "seconds": "seconds",
+    "steps": "steps",
+    "recall": "value",
+    "runs_trained": "runs_trained",
+    "seconds_of_all": "seconds_of_all",
+}
+
+
+def write_csv(path: str | Path, searches: Sequence[Mapping[str, Any]]) -> None:
+    """Write the searches that are over, a row each; sizes are empty where no model reached the value.
+
+    Args:
+        path: the file.
+        searches: rows of the table of this name.
+    """
+    over = [row for row in searches if row["status"] != "open"]
+    axes = list(dict.fromkeys(name for row in over for name in row["settings"]))
+    facts = all(isinstance(row["settings"].get("people"), int) for row in over)
+    heads = [*axes, *(["facts"] if facts else []), *CSV_COLUMNS]
+    with (
+        atomic_path(path) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8") as stream,
+    ):
+        writer = csv.DictWriter(stream, heads, lineterminator="\n")
+        writer.writeheader()
+        for row in over:
+            values = dict(row["settings"])
+            if facts:
+                values["facts"] = len(ATTRIBUTES) * values["people"]
+            writer.writerow(values | {head: row[name] for head, name in CSV_COLUMNS.items()})
 
 
 def lead_of(searches: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> str:

@@ -24,9 +24,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("toolmem.cli.inspect", "parameters, FLOPs and memory of a recipe's model"),
     "sweep": (
         "toolmem.cli.sweep",
-        "many runs from one recipe: a grid, one file of results, a plot",
+        "many runs from one recipe: a grid or a search, one file of results, a plot",
     ),
-    "plot": ("toolmem.cli.plot", "pictures of a run: norms of its layers over steps"),
+    "plot": (
+        "toolmem.cli.plot",
+        "pictures: norms of a run's layers over steps, what a sweep searched for",
+    ),
     "facts": ("toolmem.cli.facts", "build a factbase, or show one"),
     "tool": ("toolmem.cli.tool", "try a tool by hand"),
     "tokenizer": ("toolmem.cli.tokenizer", "train a BPE tokenizer"),

@@ -1,4 +1,4 @@
-"""``toolmem plot``: pictures of a run."""
+"""``toolmem plot``: pictures of a run, or of a sweep."""
 
 from __future__ import annotations
 
@@ -23,7 +23,24 @@ def norms(run: str, measure: str | None = None, out: str | None = None) -> None:
     stdout().print(draw(run, out, measure), highlight=False, markup=False, soft_wrap=True)
 
 
+def searches(sweep: str, published: str | None = None, out: str | None = None) -> None:
+    """Draw what a sweep searched for: report.html, report.png, report.svg and searches.csv.
+
+    Args:
+        sweep: the sweep's folder.
+        published: a CSV of published means to draw beside: a column for each axis that is drawn,
+            recall_threshold, mean_min_params.
+        out: the folder that they are written to; the sweep's when left out.
+    """
+    from toolmem.analysis.search_plot import plot_folder
+    from toolmem.console import stdout
+
+    for path in plot_folder(sweep, sweep if out is None else out, published):
+        stdout().print(path, highlight=False, markup=False, soft_wrap=True)
+
+
 COMMANDS: dict[str, tuple[Callable[..., Any], tuple[str, ...], str]] = {
+    "searches": (searches, ("sweep",), "toolmem plot searches sweeps/figure1_quick"),
     "norms": (norms, ("run",), "toolmem plot norms runs/first --measure gradient"),
 }
 

@@ -39,7 +39,8 @@ def sweep(
         recipe: the sweep's YAML.
         out: its folder: results.duckdb, report.html, and a folder of each run.
         workers: runs that are trained at a time; by default, one a core.
-        dry_run: only print how many runs there are, their parameters and tokens.
+        dry_run: only print how many runs there are, their parameters, tokens, FLOPs and hours on this
+            machine.
         retry_failed: train also those again that have failed.
 
     Raises:
@@ -84,10 +85,17 @@ def cores() -> int:
 
 
 def keep_recipe(recipe: str, folder: SweepFolder) -> None:
-    """Leave the recipe beside its results."""
-    from toolmem.files import write_text
+    """Leave the recipe beside its results, its base written out, so that it can be read from there."""
+    import yaml
 
-    write_text(folder.path / "sweep.yaml", Path(recipe).read_text(encoding="utf-8"))
+    from toolmem.files import write_text
+    from toolmem.recipe_files import read_mapping
+
+    written = read_mapping(recipe)
+    if isinstance(written.get("base"), str):
+        written["base"] = read_mapping(Path(recipe).parent / written["base"])
+    text = yaml.safe_dump(written, sort_keys=False, allow_unicode=True, width=110)
+    write_text(folder.path / "sweep.yaml", text)
 
 
 def finish(read: SweepRecipe, plan: Plan, folder: SweepFolder, recipe: str) -> None:
@@ -135,7 +143,7 @@ def finish_search(
     command: str,
 ) -> None:
     """Print what the searches found, and draw the plot."""
-    from toolmem.analysis.search_plot import write_search_report
+    from toolmem.analysis.search_plot import write_csv, write_search_report
 
     if read.report is None:
         columns = ("seed", "reach", "status", "member", "params_total", "value", "runs_trained")
@@ -143,6 +151,7 @@ def finish_search(
         show_table(read.name, heads, [[cell(row.get(head)) for head in heads] for row in searches])
     else:
         heads, cells = write_search_report(folder.path, read, searches, rows, command)
+        write_csv(folder.path / "searches.csv", searches)
         show_table(read.report.title or read.name, heads, cells)
         stdout().print(
             f"{folder.path / 'report.html'} has the plot", highlight=False, soft_wrap=True
