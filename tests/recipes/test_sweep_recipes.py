@@ -30,6 +30,13 @@ CUT = {
             "data.people": 8,
         },
     ),
+    "figure1_quick": (
+        {},
+        {
+            "recall.every_n_steps": 2,
+            "recall.n_questions": 4,
+        },
+    ),
 }
 
 
@@ -55,6 +62,12 @@ def test_cut_down_it_runs_to_its_plot(name, tmp_path, capsys):
     for key, value in changes.items():
         set_key(written["base"], key, value)
     written["seeds"] = 1
+    if "search" in written:  # its axes say how long a run is: two settings, of two members each
+        written["axes"]["people"] = {8: {"data.people": 8}}
+        written["axes"]["setting"]["in_tool"] = {"data.setting": "in_tool"}
+        written["base"]["trainer"]["max_steps"] = 2
+        family = written["search"]["family"]
+        written["search"]["family"] = {label: family[label] for label in list(family)[:2]}
     recipe = tmp_path / f"{name}.yaml"
     recipe.write_text(yaml.safe_dump(written, sort_keys=False), encoding="utf-8")
     code = main(["sweep", str(recipe), "--out", str(tmp_path / "out"), "--workers", "1"])
