@@ -149,10 +149,10 @@ def step_costs(runs: Sequence[Planned]) -> dict[str, StepCost]:
                 batches[shape] = list(islice(iter(module.train_dataloader()), BATCHES))
             times = get_key(run.recipe, "trainer.accumulate_grad_batches", 1) / len(batches[shape])
             flops = ModelFlops(build(run.recipe, "its recipe"))
-            costs[key] = StepCost(
-                times * sum(batch.n_tokens for batch in batches[shape]),
-                times * sum(step_flops(flops, batch)[0] for batch in batches[shape]),
-            )
+            tokens = sum(batch.n_tokens for batch in batches[shape])
+            # one batch is counted, which takes a while, and the others go by their tokens
+            counted = step_flops(flops, batches[shape][0])[0] / batches[shape][0].n_tokens
+            costs[key] = StepCost(times * tokens, times * tokens * counted)
         found[run.name] = costs[key]
     return found
 
