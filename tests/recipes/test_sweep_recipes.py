@@ -9,7 +9,7 @@ import yaml
 
 from toolmem.cli import main
 from toolmem.cli.sweep_plan import check
-from toolmem.recipe_files import set_key
+from toolmem.recipe_files import get_key, set_key
 from toolmem.sweeps import Results, SweepRecipe, expand
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "recipes" / "sweeps"
@@ -30,14 +30,12 @@ CUT = {
             "data.people": 8,
         },
     ),
-    "figure1_quick": (
-        {},
-        {
-            "recall.every_n_steps": 2,
-            "recall.n_questions": 4,
-        },
+    **dict.fromkeys(
+        ("figure1_quick", "figure1_laptop", "figure1_overnight", "figure1"),
+        ({}, {"recall.every_n_steps": 2, "recall.n_questions": 4}),
     ),
 }
+STUDY_DIALOGUES = 100_000 * 128  # of a run of the published study
 
 
 def test_each_sweep_is_known_here():
@@ -52,11 +50,21 @@ def test_every_value_is_one_that_fit_takes(name):
     check(sweep)
 
 
+@pytest.mark.parametrize("name", ["figure1_quick", "figure1_laptop", "figure1_overnight"])
+def test_figure_1_asks_for_a_share_of_the_published_runs(name):
+    """A 20th of the study's dialogues up to 512 people, a 5th above."""
+    for run in expand(SweepRecipe.read(FOLDER / f"{name}.yaml")):
+        steps = get_key(run.recipe, "trainer.max_steps")
+        seen = steps * get_key(run.recipe, "data.batch_size")
+        assert seen <= STUDY_DIALOGUES / (20 if run.settings["people"] <= 512 else 5), run.name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CUT)
 def test_cut_down_it_runs_to_its_plot(name, tmp_path, capsys):
     left, changes = CUT[name]
     written = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    written["base"] = SweepRecipe.read(FOLDER / f"{name}.yaml").base
     for axis, n in left.items():
         written["axes"][axis]["values"] = written["axes"][axis]["values"][:n]
     for key, value in changes.items():
