@@ -1,9 +1,9 @@
 """Draws what a GRPO run did, from its metrics, and prints its row for docs/benchmarks.md.
 
-    python docs/make_rl_figure.py runs/half runs/rl_in_tool
+    python docs/make_rl_figure.py runs/half runs/rl [runs/half1 runs/rl1 ...]
 
-Writes docs/assets/rl.svg: recall over steps, from where the first run left it, and seconds of generation
-and of training. Further runs (other seeds) are drawn thin.
+Writes docs/assets/rl.svg: recall over steps, from where the run before left it, and seconds of generation
+and of training. Further pairs (other seeds) are drawn thin.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ def series(run: Path, metric: str) -> list[tuple[int, float]]:
     ]
 
 
-def picture(start: Path, runs: list[Path]) -> Figure:
+def picture(starts: list[Path], runs: list[Path]) -> Figure:
     """Both panels."""
     drawing = Figure(figsize=(9.0, 3.3), layout="constrained")
     left, right = drawing.subplots(1, 2)
     for metric, (label, colour) in RECALL.items():
-        before = series(start, metric)[-1][1]
-        for number, run in enumerate(runs):
+        for number, (start, run) in enumerate(zip(starts, runs, strict=True)):
+            before = series(start, metric)[-1][1]
             steps, values = zip((0, before), *series(run, metric), strict=True)
             width, name = (2.0, label) if number == 0 else (0.8, None)
             left.plot(steps, values, color=colour, linewidth=width, label=name, marker=".")
@@ -63,11 +63,11 @@ def picture(start: Path, runs: list[Path]) -> Figure:
     return drawing
 
 
-def main(start: Path, runs: list[Path]) -> None:
+def main(starts: list[Path], runs: list[Path]) -> None:
     """Write the picture, print the rows."""
     text = io.StringIO()
     with rc_context({"svg.hashsalt": "rl", "svg.fonttype": "path"}):
-        picture(start, runs).savefig(
+        picture(starts, runs).savefig(
             text, format="svg", facecolor="white", metadata={"Date": None, "Creator": None}
         )
     lines = [line.rstrip() for line in text.getvalue().splitlines() if line.strip()]
@@ -78,4 +78,5 @@ def main(start: Path, runs: list[Path]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), [Path(name) for name in sys.argv[2:]])
+    names = [Path(name) for name in sys.argv[1:]]
+    main(names[::2], names[1::2])
