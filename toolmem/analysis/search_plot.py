@@ -145,6 +145,7 @@ def draw(points: Sequence[Smallest], published: Sequence[Smallest], sweep: Sweep
         sweep: whose report it is.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
 
     report, search = sweep.report, sweep.search
     assert report is not None and search is not None
@@ -178,6 +179,9 @@ def draw(points: Sequence[Smallest], published: Sequence[Smallest], sweep: Sweep
         axes.set_yscale("log")
     axes.set_xticks(list(places.values()), [str(x) for x in order])
     axes.minorticks_off()
+    if axes.get_yscale() == "log":  # sizes often span less than a decade: say more than its ends
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_xlabel(report.x)
     axes.set_ylabel({"params_total": "parameters"}.get(report.metric, "parameters without tables"))
     axes.grid(axis="y", color="#dddddd", linewidth=0.6, zorder=0)
