@@ -447,6 +447,23 @@ def test_what_is_rewarded_becomes_more(tmp_path):
         assert so_far[0] > 0 and so_far == sorted(so_far)
 
 
+def test_training_that_fails_closes_engine_and_tools(tmp_path):
+    opened = []
+
+    class Failing(Vowels):
+        def reward(self, question, dialogue):
+            opened.append((self._engine, self._toolbox))
+            raise RuntimeError("no reward")
+
+    module = make(kind=Failing, max_new_tokens=8, samples=4)
+    with pytest.raises(RuntimeError, match="no reward"):
+        fit(tmp_path, module, steps=2)
+    [(engine, _)] = opened
+    assert module._engine is None and module._toolbox is None
+    with pytest.raises(ToolmemError, match="closed"):
+        engine.generate([[1, 2]])
+
+
 def test_a_step_is_one_round_of_sampling_with_all_of_its_updates(tmp_path):
     seen, updates = [], []
 

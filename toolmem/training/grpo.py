@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
@@ -432,6 +433,10 @@ class GRPO(LanguageModelModule):
         )
         self.seconds = dict(about["seconds"])
 
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """One that closes engine and tools when training fails."""
+        return [_CloseOnFailure()]
+
     def teardown(self, stage: str) -> None:
         """Close engine and tools."""
         if self._engine is not None:
@@ -439,3 +444,12 @@ class GRPO(LanguageModelModule):
         if self._toolbox is not None:
             self._toolbox.close()
         self._engine = self._toolbox = None
+
+
+class _CloseOnFailure(pl.Callback):
+    """Lightning calls no module's ``teardown`` when something is raised."""
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        pl_module.teardown("fit")

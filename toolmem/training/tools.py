@@ -28,11 +28,19 @@ def open_run_tools(trainer: pl.Trainer) -> Toolbox | None:
     info = datamodule.checkpoint_info()
     if info.get("setting") != "in_tool":
         return None
-    path = Path(trainer.default_root_dir) / FACTBASE
-    if trainer.is_global_zero and not _holds(path, info["factbase"]["fingerprint"]):
-        datamodule.write_factbase(path)
+    path = write_run_facts(trainer)
     trainer.strategy.barrier("factbase written")
     return open_toolbox(info.get("tools"), path)
+
+
+def write_run_facts(trainer: pl.Trainer) -> Path:
+    """Where the facts of a run's data are: in its folder, written there by the first rank if need be."""
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]
+    path = Path(trainer.default_root_dir) / FACTBASE
+    fingerprint = datamodule.checkpoint_info()["factbase"]["fingerprint"]
+    if trainer.is_global_zero and not _holds(path, fingerprint):
+        datamodule.write_factbase(path)
+    return path
 
 
 def _holds(path: Path, fingerprint: str) -> bool:

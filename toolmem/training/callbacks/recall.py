@@ -21,6 +21,7 @@ from toolmem.training.callbacks.ema import averaged_weights
 from toolmem.training.callbacks.stopping import out_of_reach
 from toolmem.training.callbacks.throughput import not_training
 from toolmem.training.module import LanguageModelModule
+from toolmem.training.tools import write_run_facts
 
 if TYPE_CHECKING:
     from toolmem.evaluation.recall import RecallResult
@@ -108,9 +109,7 @@ class RecallProbe(pl.Callback):
             if n and (questions := datamodule.questions(split, n)):
                 self._questions[split] = questions
         if trainer.is_global_zero and datamodule.checkpoint_info().get("setting") == "in_tool":
-            path = Path(trainer.default_root_dir) / "facts.duckdb"
-            if not path.is_file() or trainer.global_step == 0:  # a new run may be of other facts
-                datamodule.write_factbase(path)
+            path = write_run_facts(trainer)
             self._toolbox = open_toolbox(datamodule.checkpoint_info().get("tools"), path)
 
     def on_train_batch_end(
