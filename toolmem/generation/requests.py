@@ -148,6 +148,11 @@ class Handle:
         assert self._result is not None
         return self._result
 
+    @property
+    def failed(self) -> bool:
+        """Whether it ended by something of its own that failed."""
+        return self._result is not None and self._error is not None
+
     def dialogue(self) -> Generated:
         """What became of a request that is done, one that failed by something of its own as well.
 

@@ -75,6 +75,8 @@ class Choice:
                         yield delta
             self.generated = self.handle.result()
         except ToolmemError as error:
+            if self.handle.failed:  # something of this dialogue's own: asking again would not help
+                raise RuntimeError(f"a dialogue failed: {error}") from error
             raise ApiError(503, f"{error}: ask again later", code="stopped") from None
         if self.generated.finish_reason == "cancelled":
             raise ApiError(503, "the dialogue was cancelled: ask again", code="stopped")
