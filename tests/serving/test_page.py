@@ -159,8 +159,8 @@ def test_the_key_is_asked_for(browser, engine):
 
 @pytest.mark.parametrize("leave", ["stop", "close"])
 def test_stopping_gives_the_lane_back(browser, engine, leave):
-    one = engine(babbler(max_seq_len=4096), TOKENIZER)
-    with serving(one, limits=Limits(max_tokens=4000)) as (address, _):
+    one = engine(babbler(max_seq_len=20000), TOKENIZER)
+    with serving(one, limits=Limits(max_tokens=19000)) as (address, _):
         browser.open(address)
         browser.type("#question", QUESTION, enter=True)
         browser.wait("document.querySelectorAll('.turn').length > 1")
