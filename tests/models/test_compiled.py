@@ -272,6 +272,15 @@ def test_what_cannot_be_compiled_is_named(monkeypatch):
         engine.warm_up()
 
 
+@pytest.mark.parametrize("name", ["transformer", "plain attention", "window"])
+def test_where_it_loses_it_says_so(name, caplog):
+    if not kernels.available():
+        pytest.skip("no C compiler here: there is nothing that it loses against")
+    with Engine(model_of(name), TOKENIZER, compile=True):
+        warned = "decoded by C" in caplog.text
+    assert warned == (name == "transformer")
+
+
 def test_refusals():
     with pytest.raises(ToolmemError, match="invariant"):
         Engine(model_of("transformer"), TOKENIZER, compile=True, invariant=True)

@@ -147,7 +147,14 @@ class Lifecycle:
             self.tree = PrefixTree(pager, exact=exact)
         # A tree of drafts needs nothing but keys and values, which stay where they are.
         self._fused = None if invariant else FusedDecoder.of(model, pager.state)
-        self.compiled = CompiledDecoder(model, pager.state, max_lanes) if compile else None
+        self.compiled: CompiledDecoder | None = None
+        if compile:
+            if self.fused is not None:
+                log.warning(
+                    "compile: without it this model is decoded by C, measured to be 1.1 to 3 times as "
+                    "fast (docs/benchmarks.md, Compiled decoding)"
+                )
+            self.compiled = CompiledDecoder(model, pager.state, max_lanes)
         self._chains_only = self.both_ways or bool(pager.bytes_each["slot"])
         if drafter is not None:
             if self.fused is not None or self._chains_only:
