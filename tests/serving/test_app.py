@@ -38,8 +38,8 @@ def idle(engine) -> bool:
 @pytest.fixture
 def busy(engine):
     """A server with one lane, room for one that waits, and a model that writes for seconds."""
-    one = engine(babbler(max_seq_len=4096), TOKENIZER, max_lanes=1, max_queued=1)
-    with serving(one, limits=Limits(max_tokens=4000)) as served:
+    one = engine(babbler(max_seq_len=20000), TOKENIZER, max_lanes=1, max_queued=1)
+    with serving(one, limits=Limits(max_tokens=19000)) as served:
         yield served
 
 
@@ -133,7 +133,7 @@ def test_too_many_at_once(busy):
         await asyncio.to_thread(wait_until, there)
 
     async def crowd():
-        long = {**ASK, "max_tokens": 4000}
+        long = {**ASK, "max_tokens": 19000}
         async with httpx.AsyncClient(base_url=address, timeout=60) as http:
             first = asyncio.create_task(http.post(CHAT, json=long))
             await until(waiting=0)
@@ -222,7 +222,7 @@ def slam(connection: socket.socket) -> None:
 @pytest.mark.parametrize("running", [True, False], ids=["running", "waiting"])
 def test_a_client_that_vanishes_gives_its_lane_back(busy, stream, leave, running):
     address, service = busy
-    body = {**ASK, "max_tokens": 4000, "stream": stream}
+    body = {**ASK, "max_tokens": 19000, "stream": stream}
     connections = [raw(address, body)]
     wait_until(lambda: service.engine.stats().lanes_running == 1)
     if not running:
@@ -240,7 +240,7 @@ def test_a_client_that_vanishes_gives_its_lane_back(busy, stream, leave, running
         wait_until(lambda: idle(service.engine))
     stats = service.engine.stats()
     assert stats.requests_cancelled == len(connections)
-    assert stats.tokens_sampled < 4000 * len(connections)
+    assert stats.tokens_sampled < 19000 * len(connections)
 
 
 def test_a_client_that_vanishes_before_its_body_is_whole(in_tool):
@@ -303,9 +303,9 @@ def test_every_way_of_choosing_tokens_is_survived(engine):
 
 def test_a_stopping_server_ends_its_answers(engine):
     """Who is still reading when the engine is closed is told so, in the stream and without one."""
-    one = engine(babbler(max_seq_len=4096), TOKENIZER)
-    with serving(one, limits=Limits(max_tokens=4000)) as (address, service):
-        body = {**ASK, "max_tokens": 4000}
+    one = engine(babbler(max_seq_len=20000), TOKENIZER)
+    with serving(one, limits=Limits(max_tokens=19000)) as (address, service):
+        body = {**ASK, "max_tokens": 19000}
         connections = [raw(address, {**body, "stream": stream}) for stream in (True, False)]
         wait_until(lambda: service.engine.stats().lanes_running == 2)
         one.close()
