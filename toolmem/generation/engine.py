@@ -65,8 +65,8 @@ class Engine:
         max_calls: tool calls under way at once.
         drafter: proposes tokens that the model checks several at a time, with the same results
             (``speculative.py``); not in invariant mode.
-        compile: decode by ``torch.compile`` (``models/compiled.py``), which takes from some seconds to a
-            minute before the first token (``warm_up``); not in invariant mode.
+        compile: decode by ``torch.compile`` (``models/compiled.py``), which takes from some seconds to
+            minutes before the first token (``warm_up``); not in invariant mode.
 
     Raises:
         ToolmemError: for limits that make no sense, or a model that the engine cannot run.
