@@ -224,11 +224,11 @@ class Eagle(Drafting):
         super().__init__(vocab_size, base, make, depth, tree, freeze_base)
         self.window = window
 
-    @torch.no_grad()
     def draft_weights(self) -> int:
         """As ``Drafting.draft_weights``: the layer's, and the base's head behind it."""
         return super().draft_weights() + self.head.weight.numel()
 
+    @torch.no_grad()
     def draft(
         self,
         features: Tensor,
