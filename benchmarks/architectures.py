@@ -33,6 +33,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from command import write
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -268,8 +269,7 @@ def main() -> None:
             if key != "details":
                 table.add_row(key, cell(value))
         Console().print(table)
-    if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write(result, options)
 
 
 if __name__ == "__main__":

@@ -13,25 +13,21 @@ seconds that compiling takes are told apart.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import platform
 import random
 import statistics
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from command import about, arguments, write
 from generate import NoRoles, in_turn, ratio
 from rich.console import Console
 from rich.table import Table
 
 from toolmem.generation import Engine, Request
 from toolmem.models import LanguageModel, Mamba2, Transformer
-from toolmem.training.folders import processor_name
 
 LANES = (1, 16, 128)
 PROMPT = 16  # tokens
@@ -107,23 +103,15 @@ def steps(name: str, lanes: int, quick: bool) -> dict[str, Any]:
 
 def main() -> None:
     """Measure, print, and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="rough figures, within some minutes")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there")
+    parser = arguments(__doc__, quick="rough figures, within some minutes")
     names = ["facts", "window", "mamba2", "135M"]
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="these models")
     parser.add_argument("--lanes", nargs="+", type=int, default=LANES, help="these batches")
     options = parser.parse_args()
     torch.set_num_threads(1)
     found = [steps(name, lanes, options.quick) for name in options.only for lanes in options.lanes]
-    about = {
-        "processor": processor_name(),
-        "threads": 1,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "quick": options.quick,
-    }
-    table = Table(title=f"{about['processor']}, 1 thread, torch {about['torch']}")
+    machine = about(options.quick)
+    table = Table(title=f"{machine['processor']}, 1 thread, torch {machine['torch']}")
     columns = ("model", "lanes", "step, ms", "compiled, ms", "times as fast", "compile, s", "equal")
     for column in columns:
         table.add_column(column, justify="right")
@@ -138,9 +126,7 @@ def main() -> None:
             f"{row['equal']}/{row['lanes']}",
         )
     Console(width=110).print(table)
-    if options.json:
-        whole = {"rows": found, "about": about}
-        Path(options.json).write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+    write({"rows": found, "about": machine}, options)
 
 
 if __name__ == "__main__":

@@ -23,11 +23,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from command import arguments, write
 from rich.console import Console
 from rich.table import Table
 
@@ -186,9 +186,7 @@ def show(result: dict[str, Any]) -> None:
 
 def main() -> None:
     """Measure, print, and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="rough figures within 40 seconds")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there")
+    parser = arguments(__doc__)
     parser.add_argument("--build", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.build:
@@ -196,8 +194,7 @@ def main() -> None:
         return
     result = measure(options.quick)
     show(result)
-    if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write(result, options)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import functools
-import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -35,6 +33,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from command import about, arguments, write
 from kernels import reader
 from naive_generation import generate_in_lockstep
 from rich.console import Console
@@ -46,7 +45,6 @@ from toolmem.models import Transformer
 from toolmem.run import Run
 from toolmem.tools import Toolbox
 from toolmem.tools.base import Answer, Tool
-from toolmem.training.folders import processor_name
 
 LANES = 256
 TOOL_S = 0.05
@@ -395,37 +393,27 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             found[name] = alone(quick)
     details = {name: part.pop("details") for name, part in found.items()}
     figures = {key: value for part in found.values() for key, value in part.items()}
-    about = {
-        "processor": processor_name(),
-        "threads": 1,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "quick": quick,
-    }
-    return {**figures, "details": details, "about": about}
+    return {**figures, "details": details, "about": about(quick)}
 
 
 def main() -> None:
     """Measure, print, and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="rough figures within 40 seconds")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there")
+    parser = arguments(__doc__)
     parser.add_argument("--checkpoint", metavar="RUN", help="a trained in-tool run to ask")
     parser.add_argument(
         "--only", nargs="+", choices=["facts", "lookup", "decode", "pages"], help="these parts"
     )
     options = parser.parse_args()
     result = measure(options)
-    about = result["about"]
-    table = Table(title=f"{about['processor']}, 1 thread, torch {about['torch']}")
+    machine = result["about"]
+    table = Table(title=f"{machine['processor']}, 1 thread, torch {machine['torch']}")
     for column in ("figure", "value", "target"):
         table.add_column(column, no_wrap=True)
     for name, target in TARGETS.items():
         if name in result:
             table.add_row(name, f"{result[name]:.2f}", target)
     Console(width=110).print(table)
-    if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write(result, options)
 
 
 if __name__ == "__main__":

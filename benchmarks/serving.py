@@ -18,13 +18,11 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -32,7 +30,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import httpx
 import numpy as np
 import torch
-from generate import facts_run, processor_name
+from command import about, arguments, write
+from generate import facts_run
 from rich.console import Console
 from rich.table import Table
 
@@ -157,14 +156,7 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
                 http.append(await over_http(served.port, texts, clients))
                 engine.append(await asyncio.to_thread(by_engine, run, texts, clients))
             rows.append(row(clients, n, http, engine))
-    about = {
-        "processor": processor_name(),
-        "threads": 1,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "quick": options.quick,
-    }
-    return {"rows": rows, "about": about}
+    return {"rows": rows, "about": about(options.quick)}
 
 
 def row(
@@ -192,14 +184,12 @@ def row(
 
 def main() -> None:
     """Measure, print, and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="rough figures within 40 seconds")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there")
+    parser = arguments(__doc__)
     parser.add_argument("--checkpoint", metavar="RUN", help="a trained in-tool run to serve")
     options = parser.parse_args()
     result = asyncio.run(measure(options))
-    about = result["about"]
-    table = Table(title=f"{about['processor']}, a thread a side, torch {about['torch']}")
+    machine = result["about"]
+    table = Table(title=f"{machine['processor']}, a thread a side, torch {machine['torch']}")
     for column in (
         "clients", "requests/s", "tokens/s", "first token, ms (95 %)", "answer, ms (95 %)", "HTTP costs",
     ):  # fmt: skip
@@ -212,8 +202,7 @@ def main() -> None:
         rates = [f"{each[key]:.1f}" for key in ("requests_per_s", "tokens_per_s")]
         table.add_row(str(each["clients"]), *rates, *spans, f"{each['http_cost']:.2f}")
     Console(width=110).print(table)
-    if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write(result, options)
 
 
 if __name__ == "__main__":

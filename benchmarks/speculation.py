@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -28,7 +26,8 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from generate import RECIPE, facts_run, in_turn, processor_name, ratio
+from command import about, arguments, write
+from generate import RECIPE, facts_run, in_turn, ratio
 from rich.console import Console
 from rich.table import Table
 
@@ -81,14 +80,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for lanes in LANES:
         n = 8 if quick else 40 + 10 * lanes
         rows += sides(run, runs, lanes, n, 1 if quick else 5)
-    about = {
-        "processor": processor_name(),
-        "threads": 1,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "quick": quick,
-    }
-    return {"rows": rows, "about": about}
+    return {"rows": rows, "about": about(quick)}
 
 
 def sides(run: Run, runs: dict[str, Run], lanes: int, n: int, repeats: int) -> list[dict[str, Any]]:
@@ -139,14 +131,12 @@ def sides(run: Run, runs: dict[str, Run], lanes: int, n: int, repeats: int) -> l
 
 def main() -> None:
     """Measure, print, and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="rough figures within 40 seconds")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there")
+    parser = arguments(__doc__)
     parser.add_argument("--runs", metavar="FOLDER", help="where the trained runs are, or go")
     options = parser.parse_args()
     result = measure(options)
-    about = result["about"]
-    table = Table(title=f"{about['processor']}, 1 thread, torch {about['torch']}")
+    machine = result["about"]
+    table = Table(title=f"{machine['processor']}, 1 thread, torch {machine['torch']}")
     for column in ("lanes", "drafter", "times as fast", "tokens a pass", "steps", "equal"):
         table.add_column(column, no_wrap=True)
     for row in result["rows"]:
@@ -154,8 +144,7 @@ def main() -> None:
         equal = f"{row['dialogues_equal']}/{row['dialogues']}"
         table.add_row(str(row["lanes"]), row["drafter"], *figures, equal)
     Console(width=110).print(table)
-    if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write(result, options)
 
 
 if __name__ == "__main__":

@@ -18,21 +18,19 @@ Three questions, each answered by a ratio measured in this run, the two sides ta
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import lightning.pytorch as pl
 import torch
+from command import arguments, write
 from naive_training import NaiveTraining
 from rich.console import Console
 from rich.table import Table
@@ -313,10 +311,7 @@ def show(result: dict[str, Any]) -> None:
 
 def main() -> None:
     """Measure, print, and write if asked to."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="rough figures within 40 seconds")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there")
-    options = parser.parse_args()
+    options = arguments(__doc__).parse_args()
     warnings.filterwarnings("ignore")
     import logging
 
@@ -324,8 +319,7 @@ def main() -> None:
     torch.set_num_threads(1)
     result = measure(options.quick)
     show(result)
-    if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write(result, options)
 
 
 if __name__ == "__main__":

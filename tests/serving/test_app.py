@@ -22,6 +22,7 @@ from serving_toys import (
     wait_until,
 )
 
+from toolmem.errors import ToolmemError
 from toolmem.serving import Limits
 from toolmem.serving.app import LOOPBACK
 
@@ -271,6 +272,24 @@ def test_a_step_that_fails_is_a_500_and_the_server_goes_on(in_tool, monkeypatch,
     events = [line[6:] for line in streamed.text.splitlines() if line.startswith("data: ")]
     assert json.loads(events[-2])["error"]["type"] == "server_error" and events[-1] == "[DONE]"
     assert caplog.text.count("RuntimeError: out of paper") >= 1
+    wait_until(lambda: idle(service.engine))
+    reply = HTTP.post(address + CHAT, json=ASK)
+    assert reply.json()["choices"][0]["message"]["content"] == ANSWER
+
+
+def test_a_dialogue_that_fails_by_itself_is_a_500_too(in_tool, monkeypatch, caplog):
+    """Asking again would not help, so it is no 503; whoever else is served goes on."""
+    address, service = in_tool
+
+    def fails(lane):
+        raise ToolmemError("a query that cannot be read")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(service.engine.scheduler.lanes, "call_text", fails)
+        whole = HTTP.post(address + CHAT, json=ASK)
+    assert whole.status_code == 500 and "cannot be read" not in error_of(whole)["message"]
+    assert "a query that cannot be read" in caplog.text
+    assert service.engine.stats().requests_failed == 1
     wait_until(lambda: idle(service.engine))
     reply = HTTP.post(address + CHAT, json=ASK)
     assert reply.json()["choices"][0]["message"]["content"] == ANSWER

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from toolmem.generation import Generated, Sampler
     from toolmem.run import Run
 
-ROLE_NAMES = {1: "user", 2: "assistant", 3: "database"}
-
 
 def generate(
     checkpoint: str,
@@ -97,8 +95,9 @@ def generate(
 
 def show_stream(run: Run, question: str, seed: int, options: dict[str, Any]) -> None:
     """Print a dialogue as it comes, roles coloured; options of ``Run.stream``."""
+    from toolmem.generation.transcript import Transcript
+
     console = stdout()
-    role_tokens = set(run.tokenizer.role_ids.values())
     shown: str | None = None
 
     def show(role: str, text: str) -> None:
@@ -109,16 +108,13 @@ def show_stream(run: Run, question: str, seed: int, options: dict[str, Any]) -> 
         console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
 
     show("user", question)
-    pending: list[int] = []
+    transcript = Transcript(run.tokenizer)
     for token, role in run.stream(question, seed=seed, **options):
-        if token in role_tokens:
-            pending = []
-            continue
-        pending.append(token)
-        text = run.tokenizer.decode(pending)
-        if not text.endswith("�"):  # a character's bytes may come one by one
-            show(ROLE_NAMES[role], text)
-            pending = []
+        for piece in transcript.add(token, role, None):
+            if piece.text:
+                show(piece.role, piece.text)
+    if (rest := transcript.finish()).text:
+        show(rest.role, rest.text)
     console.print()
 
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import toolmem
 from toolmem.errors import ToolmemError
 from toolmem.generation.requests import EngineFull, Request
+from toolmem.generation.transcript import Piece, Transcript, Turn
 from toolmem.generation.turns import ASSISTANT, DATABASE
 from toolmem.serving import protocol
 from toolmem.serving.fields import ApiError
 from toolmem.serving.protocol import ChatRequest
-from toolmem.serving.transcript import Piece, Transcript, Turn
 from toolmem.tools.base import extract_query
 
 if TYPE_CHECKING:

@@ -7,14 +7,25 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serving_toys import ROLES, TOKENIZER, spell
 
+from toolmem.data import ByteTokenizer
 from toolmem.data.hf_tokenizer import train_tokenizer
+from toolmem.generation.transcript import Transcript
 from toolmem.generation.turns import ASSISTANT, DATABASE, split_turns
-from toolmem.serving.transcript import Transcript
 
+TOKENIZER = ByteTokenizer()
+ROLES = TOKENIZER.role_ids
 BPE = train_tokenizer(["naïve café — 東京 was born in 1987, Zoë 🎉 said"] * 3, 300)
 TEXT = st.text(alphabet=st.sampled_from("aZ ë東🎉\ufffd.\n"), max_size=12)
+
+
+def spell(*parts):
+    """Bytes of text, and role tokens by their names in angle brackets."""
+    tokens = []
+    for part in parts:
+        named = part.startswith("<") and part[1:-1] in ROLES
+        tokens += [ROLES[part[1:-1]]] if named else TOKENIZER.encode(part)
+    return tokens
 
 
 def told(tokenizer, parts, stop=()):
