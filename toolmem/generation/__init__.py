@@ -26,9 +26,9 @@ __getattr__, __dir__, __all__ = attach(
         "choose": "toolmem.generation.sampling",
         "contrastive_search": "toolmem.generation.contrastive",
         "fork_all": "toolmem.generation.tree",
-        "generate": "toolmem.generation.engine",
+        "generate": "toolmem.generation.once",
         "generate_naive": "toolmem.generation.reference",
         "n_best": "toolmem.generation.beam",
-        "stream": "toolmem.generation.engine",
+        "stream": "toolmem.generation.once",
     },
 )

@@ -13,28 +13,23 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from toolmem.errors import ToolmemError
+from toolmem.generation.invariance import check_invariant, row_independent
 from toolmem.generation.lanes import Lane
 from toolmem.generation.lifecycle import Stats
 from toolmem.generation.paging import Branch, Pager
 from toolmem.generation.reference import Generated, check_prompt, evaluating, token_roles
-from toolmem.generation.requests import EngineFull, Event, Handle, Request
-from toolmem.generation.sampling import Greedy, Sampler
+from toolmem.generation.requests import EngineFull, Handle, Request
 from toolmem.generation.scheduler import Scheduler
 from toolmem.generation.speculative import Drafter
 from toolmem.generation.tree import Node
 from toolmem.models import kernels
-from toolmem.models.attention import Attention
-from toolmem.models.attention_kernels import own_kernels
-from toolmem.models.moe import MixtureOfExperts
 from toolmem.tools.dispatch import ToolCalls
 
 if TYPE_CHECKING:
@@ -126,7 +121,7 @@ class Engine:
             invariant=invariant,
             drafter=drafter,
             compile=compile,
-            row_independent=_row_independent(model),
+            row_independent=row_independent(model),
             wake=self._work.set,
         )
         self._entered = 0
@@ -450,107 +445,3 @@ class Engine:
                         self.scheduler.drop(lane, error)
             self._submitted.wait()
             self._submitted.clear()
-
-
-def check_invariant(model: LanguageModel) -> None:
-    """Raise ``ToolmemError`` for a model whose results may hang on the batch all the same."""
-    for parameter in model.parameters():
-        if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
-            dtype = str(parameter.dtype).removeprefix("torch.")
-            raise ToolmemError(
-                "invariant: the same bits in any batch are promised in float32 on a CPU, and this model "
-                f"has {dtype} on {parameter.device}: run it on the device cpu in float32, or without "
-                "invariant"
-            )
-
-
-def _row_independent(model: LanguageModel) -> bool:
-    """Whether one pass over many lanes gives each the bits that it would get with others beside it.
-
-    True where every operation that sums runs by our kernels: linear layers and paged attention. Other
-    models run lane by lane when results are to be invariant.
-    """
-    weight = model.embedding.weight
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not kernels.available():
-        return False
-    if not own_kernels(model.attention_kernel):
-        return False
-    plain = all(
-        type(mixer) is Attention and not mixer.window
-        for mixer in (getattr(block, "mixer", None) for block in model.blocks)
-    )
-    return plain and not any(isinstance(module, MixtureOfExperts) for module in model.modules())
-
-
-def generate(
-    model: LanguageModel,
-    tokenizer: Tokenizer,
-    prompts: Sequence[Sequence[int]],
-    *,
-    toolbox: Toolbox | None = None,
-    max_new_tokens: int = 128,
-    max_tool_calls: int = 4,
-    sampler: Sampler | None = None,
-    seed: int | Sequence[int] = 0,
-    batch_size: int = 128,
-    invariant: bool = False,
-) -> list[Generated]:
-    """Continue many dialogues by an engine of their own.
-
-    Args:
-        model: on any device; its mode is put back.
-        tokenizer: has the role tokens.
-        prompts: token ids of each, of any lengths, ending where the assistant begins to speak.
-        toolbox: answers tool calls.
-        max_new_tokens: tokens that the model may write in each dialogue.
-        max_tool_calls: calls that it may make in each.
-        sampler: ``Greedy()`` when None.
-        seed: dialogue i samples by seed + i; or one seed a dialogue.
-        batch_size: dialogues in a step.
-        invariant: results do not hang on the batch, bit for bit.
-
-    Returns:
-        one dialogue a prompt, in order.
-
-    Raises:
-        ToolmemError: for a prompt that the model cannot take.
-    """
-    if batch_size < 1:
-        raise ToolmemError(f"batch_size is {batch_size}: it must be at least 1")
-    lanes = min(batch_size, max(1, len(prompts)))
-    with Engine(model, tokenizer, toolbox, max_lanes=lanes, invariant=invariant) as engine:
-        return engine.generate(
-            prompts,
-            seed=seed,
-            max_new_tokens=max_new_tokens,
-            max_tool_calls=max_tool_calls,
-            sampler=sampler or Greedy(),
-        )
-
-
-def stream(
-    model: LanguageModel,
-    tokenizer: Tokenizer,
-    prompt: Sequence[int],
-    *,
-    toolbox: Toolbox | None = None,
-    max_new_tokens: int = 128,
-    max_tool_calls: int = 4,
-    sampler: Sampler | None = None,
-    seed: int = 0,
-) -> Generator[Event, None, Generated]:
-    """Continue one dialogue and yield its new tokens as they come, a tool's answer all at once.
-
-    Arguments as ``generate``; the generator's return value is the finished dialogue.
-    """
-    request = Request(
-        prompt,
-        max_new_tokens=max_new_tokens,
-        max_tool_calls=max_tool_calls,
-        sampler=sampler or Greedy(),
-        seed=seed,
-    )
-    with Engine(model, tokenizer, toolbox, max_lanes=1) as engine:
-        handle = engine.submit(request)
-        yield from handle
-        return handle.result()
