@@ -17,7 +17,6 @@ the measuring to a later call, which may want the machine to itself.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import os
@@ -33,7 +32,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from command import write
+from command import arguments, write
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -243,12 +242,10 @@ def circumstances() -> str:
 
 def main() -> None:
     """Measure, print, and write if asked to."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="rough figures")
+    parser = arguments(__doc__, quick="rough figures")
     parser.add_argument("--facts", metavar="RUNS", type=Path, help="train every facts recipe")
     parser.add_argument("--workers", type=int, default=2, help="runs at once (default 2)")
     parser.add_argument("--only-train", action="store_true", help="with --facts: measure nothing")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there")
     options = parser.parse_args()
     if options.facts and options.quick:
         parser.error("--quick is for the figures; every recipe of --facts is trained as it stands")
