@@ -6,11 +6,13 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "DraftAccuracy": "toolmem.evaluation.drafts",
+        "Knowledge": "toolmem.evaluation.knowledge",
         "Recall": "toolmem.evaluation.recall",
         "RecallResult": "toolmem.evaluation.recall",
         "Score": "toolmem.evaluation.recall",
         "draft_accuracy": "toolmem.evaluation.drafts",
         "is_recalled": "toolmem.evaluation.recall",
+        "measure_knowledge": "toolmem.evaluation.knowledge",
         "measure_recall": "toolmem.evaluation.recall",
     },
 )
