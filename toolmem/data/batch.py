@@ -27,6 +27,8 @@ class Batch:
             else of each row, padding left out; None when ``documents`` has to be looked at, or when all
             rows are full.
         state: where the loader stands after this batch, plain data.
+        dialogues: (n,) int64 on the host, the number within the loader's table of each document, in
+            reading order, where the loader wants to know each one's loss; else None.
         loss_positions: int64, indices into the flattened (batch * seq) positions that bear loss; None
             until somebody asks (``positions``) or the batch moves. They are found before a batch goes
             to a GPU: looking for them there would make the host wait.
@@ -40,6 +42,7 @@ class Batch:
     n_tokens: int = 0
     lengths: Tensor | None = None
     state: dict[str, Any] = field(default_factory=dict)
+    dialogues: Tensor | None = None
     loss_positions: Tensor | None = None
 
     def positions(self) -> Tensor:
@@ -47,6 +50,21 @@ class Batch:
         if self.loss_positions is None:
             self.loss_positions = self.loss_mask.flatten().nonzero().squeeze(1)
         return self.loss_positions
+
+    def sums_by_document(self, losses: Tensor, n: int) -> Tensor:
+        """(n,) the sum over each document's loss-bearing tokens, documents in reading order.
+
+        Args:
+            losses: (tokens,) one number for each loss-bearing token, in reading order.
+            n: documents in the batch.
+        """
+        positions = self.positions()
+        numbers = positions.div(self.tokens.shape[1], rounding_mode="floor")
+        if self.documents is not None:
+            counts = self.documents.amax(1) + 1
+            firsts = counts.cumsum(0) - counts
+            numbers = firsts[numbers] + self.documents.flatten()[positions]
+        return losses.new_zeros(n).index_add_(0, numbers, losses)
 
     def _map(self, function: Any) -> Batch:
         return replace(

@@ -165,9 +165,15 @@ class GRPO(LanguageModelModule):
         """
         if stage != "fit":
             return
-        if not hasattr(self.trainer.datamodule, "dialogues"):  # type: ignore[attr-defined]
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not hasattr(datamodule, "dialogues"):
             raise ToolmemError(
                 "GRPO learns from answers to questions: use data.class_path toolmem.data.FactsDataModule"
+            )
+        if getattr(datamodule, "prefer_unknown", 0):
+            raise ToolmemError(
+                "data.init_args.prefer_unknown goes by the loss on expected dialogues, and GRPO trains on "
+                "its own: set it to 0"
             )
 
     def on_fit_start(self) -> None:

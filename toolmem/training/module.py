@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -169,7 +170,13 @@ class LanguageModelModule(pl.LightningModule):
         micro-batches cancels out.
         """
         extras = Extras()
-        loss, count = self.loss_sum(batch, self._hidden, extras)
+        if batch.dialogues is None:
+            loss, count = self.loss_sum(batch, self._hidden, extras)
+        else:
+            losses = self.token_losses(batch, self._hidden, extras)
+            loss, count = losses.sum(), losses.numel()
+            of_each = batch.sums_by_document(losses.detach(), len(batch.dialogues))
+            self.trainer.datamodule.learned(batch, of_each)  # type: ignore[attr-defined]
         self.train_loss.update(loss.detach(), count)
         if extras.losses or extras.metrics:
             self.train_extras.update({**extras.losses, **extras.metrics}, count)
@@ -311,10 +318,8 @@ class LanguageModelModule(pl.LightningModule):
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Each row's summed loss in nats (``loss``), and its loss-bearing tokens (``count``)."""
         losses = self.token_losses(batch, self.model.hidden)
-        count = batch.loss_mask.sum(1)
-        rows = torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
-        summed = torch.zeros(len(count), dtype=losses.dtype, device=losses.device)
-        return {"loss": summed.index_add_(0, rows, losses), "count": count}
+        rows = replace(batch, documents=None)
+        return {"loss": rows.sums_by_document(losses, len(batch)), "count": batch.loss_mask.sum(1)}
 
     # ---- checkpoints
 

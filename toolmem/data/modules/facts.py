@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from torch import Tensor
 
 from toolmem.data.batch import Batch
 from toolmem.data.dialogues import Dialogue, QuestionTable, TemplateSet
@@ -17,6 +18,7 @@ from toolmem.data.stream import make_loader
 from toolmem.data.tables import load_population
 from toolmem.data.text.dialog_tokens import DialogTokenGenerator, Layout, Mask
 from toolmem.data.text.token_table import TokenTable
+from toolmem.data.text.unknown_first import LatestLosses, UnknownFirst
 from toolmem.data.tokenizers import Tokenizer, make_tokenizer
 from toolmem.errors import ToolmemError
 
@@ -46,6 +48,8 @@ class FactsDataModule(StatefulDataModule):
         layout: bucketed (rows of like length), rows, or packed (several dialogues in a row).
         seq_len: tokens in a row of layout packed; None is 256, or the longest dialogue if longer.
         window: batches among which bucketed sorts dialogues by length.
+        prefer_unknown: share of each batch drawn by the model's latest loss on each dialogue, 0 for none;
+            on one device, with num_workers 0.
         tokenizer: byte, or the path of a tokenizer.json.
         unseen_people: people whose names training never has, for validation; None is 512, or none
             where no names are left.
@@ -78,6 +82,7 @@ class FactsDataModule(StatefulDataModule):
         layout: Layout = "bucketed",
         seq_len: int | None = None,
         window: int = 32,
+        prefer_unknown: float = 0.0,
         tokenizer: str = "byte",
         unseen_people: int | None = None,
         n_val_questions: int = 512,
@@ -98,6 +103,16 @@ class FactsDataModule(StatefulDataModule):
             raise ToolmemError(
                 "data.init_args.batch_size and data.init_args.n_val_questions must be at least 1"
             )
+        if not 0 <= prefer_unknown < 1:
+            raise ToolmemError(
+                f"data.init_args.prefer_unknown is {prefer_unknown}, but it is a share from 0 (off) to "
+                "below 1"
+            )
+        if prefer_unknown and num_workers:
+            raise ToolmemError(
+                "data.init_args.prefer_unknown: batches hang on training's losses, so they are made in its "
+                f"process: set data.init_args.num_workers (now {num_workers}) to 0"
+            )
         self.people = people
         self.setting = setting
         self.query: QueryLanguage = query
@@ -112,6 +127,7 @@ class FactsDataModule(StatefulDataModule):
         self.layout: Layout = layout
         self.row_len = seq_len
         self.window = window
+        self.prefer_unknown = prefer_unknown
         self.unseen_people = unseen_people
         self.n_val_questions = n_val_questions
         self.val_split = val_split
@@ -293,26 +309,56 @@ class FactsDataModule(StatefulDataModule):
             "mask": self.mask,
             "layout": self.layout,
             "window": self.window,
+            "prefer_unknown": self.prefer_unknown or None,
         }
 
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data from which training goes on after the last batch consumed."""
+        state = super().state_dict()
+        if self.prefer_unknown:
+            state["latest_losses"] = self._latest_losses.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Make the next `train_dataloader` begin where ``state_dict`` was taken."""
+        super().load_state_dict(state_dict)
+        if self.prefer_unknown and "latest_losses" in state_dict:
+            self._latest_losses.load_state_dict(state_dict["latest_losses"])
+
+    @cached_property
+    def _latest_losses(self) -> LatestLosses:
+        return LatestLosses(len(self.table))
+
+    def learned(self, batch: Batch, losses: Tensor) -> None:
+        """Training tells the losses of a batch that names its dialogues.
+
+        Args:
+            batch: from the latest `train_dataloader`.
+            losses: (dialogues,) the summed loss of each in nats, on any device.
+        """
+        assert batch.dialogues is not None
+        self._latest_losses.report(batch.state["batch"] - 1, batch.dialogues, losses)
+
     def _generator(
-        self, table: TokenTable, rows: np.ndarray | None, shuffle: bool
+        self, table: TokenTable, rows: np.ndarray | None, training: bool
     ) -> DialogTokenGenerator:
         rank, world = self.rank_and_world
-        return DialogTokenGenerator(
-            table,
-            self.batch_size,
-            mask=self.mask,
-            layout=self.layout,
-            seq_len=self.seq_len if self.layout == "packed" else None,
-            rows=rows,
-            window=self.window,
-            shuffle=shuffle,
-            with_spans=self.model_looks_both_ways,
-            seed=self.seed,
-            rank=rank,
-            world_size=world,
-        )
+        options: dict[str, Any] = {
+            "mask": self.mask,
+            "layout": self.layout,
+            "seq_len": self.seq_len if self.layout == "packed" else None,
+            "rows": rows,
+            "window": self.window,
+            "shuffle": training,
+            "with_spans": self.model_looks_both_ways,
+            "seed": self.seed,
+            "rank": rank,
+            "world_size": world,
+        }
+        if training and self.prefer_unknown:
+            share, latest = self.prefer_unknown, self._latest_losses
+            return UnknownFirst(table, self.batch_size, share=share, latest=latest, **options)
+        return DialogTokenGenerator(table, self.batch_size, **options)
 
     def train_dataloader(self) -> Any:
         """The endless training stream, from where a loaded state says."""
@@ -321,7 +367,7 @@ class FactsDataModule(StatefulDataModule):
             keep = np.ones(len(self.table), bool)
             keep[: len(self._held_out_rows)] = ~self._held_out_rows
             rows = np.flatnonzero(keep)
-        generator = self._generator(self.table, rows, shuffle=True)
+        generator = self._generator(self.table, rows, training=True)
         state = self.resume_state()
         if state is not None:
             generator.load_state_dict(state)
@@ -335,7 +381,10 @@ class FactsDataModule(StatefulDataModule):
             batch: from the latest `train_dataloader`.
         """
         stream = self._stream
-        chosen = stream.share(stream.dialogues_at(batch.state["batch"] - 1))
+        if batch.dialogues is not None:
+            chosen = batch.dialogues.numpy()
+        else:
+            chosen = stream.share(stream.dialogues_at(batch.state["batch"] - 1))
         ends = np.cumsum([len(table) for table in self._question_tables])
         numbers = np.searchsorted(ends, chosen, side="right")  # the set of each
         starts = ends - np.diff(ends, prepend=0)
@@ -358,5 +407,5 @@ class FactsDataModule(StatefulDataModule):
             )
         rows = self._rows_of(split, self.n_val_questions)
         rows = rows[np.argsort(table.lengths[rows], kind="stable")]
-        generator = self._generator(table, rows, shuffle=False)
+        generator = self._generator(table, rows, training=False)
         return HeldOut(generator, generator.batches_per_epoch)

@@ -82,6 +82,11 @@ class PopulationDataModule(StatefulDataModule):
                     f"data.init_args.data: {data['class_path']} keeps no state of its stream: take a "
                     "DataModule made from toolmem.data.modules.StatefulDataModule"
                 )
+            if getattr(member, "prefer_unknown", 0):
+                raise ToolmemError(
+                    f"{key}.prefer_unknown: members' losses are not told to their data: set it to 0, or "
+                    "train it alone"
+                )
             self.members.append(member)
         first = self._spec(self.members[0])
         for number, member in enumerate(self.members):

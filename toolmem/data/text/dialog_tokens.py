@@ -43,6 +43,8 @@ class DialogTokenGenerator(IndexedBatches):
         shuffle: False gives the dialogues in their order (layout ``rows``-like batches).
         with_spans: give each batch the spans that the assistant did not write (``Batch.spans``), for
             models that look both ways within them.
+        with_dialogues: tell each batch which dialogues it has (``Batch.dialogues``), so that training tells
+            their losses.
         seed: of the order.
         rank: this process's number; it gets every ``world_size``-th dialogue of a batch.
         world_size: number of processes.
@@ -64,6 +66,7 @@ class DialogTokenGenerator(IndexedBatches):
         window: int = 32,
         shuffle: bool = True,
         with_spans: bool = False,
+        with_dialogues: bool = False,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -102,6 +105,7 @@ class DialogTokenGenerator(IndexedBatches):
         self.window = window
         self.shuffle = shuffle
         self.with_spans = with_spans
+        self.with_dialogues = with_dialogues
         self.batches_per_epoch = max(1, -(-len(self.rows) // batch_size))
         if len(self.rows) // self.batches_per_epoch < world_size:
             raise ToolmemError(
@@ -154,7 +158,7 @@ class DialogTokenGenerator(IndexedBatches):
         starts, lengths = self._starts[chosen], self._lengths[chosen].astype(np.int64)
         state = {"batch": index + 1, "epoch": (index + 1) // self.batches_per_epoch}
         if self.layout == "packed":
-            return self._pack(starts, lengths, state)
+            return self._pack(chosen, starts, lengths, state)
         # one gather for tokens and roles; cells past a row's end read neighbours, then are zeroed
         steps = self._steps[: int(lengths.max())]
         # A large table lies far from the processor, and the gather would wait for each row's memory in
@@ -163,9 +167,11 @@ class DialogTokenGenerator(IndexedBatches):
         codes = self.table.codes.take(starts[:, None] + steps, mode="clip")
         codes *= steps < lengths[:, None]
         # (a shorter dialogue's last token stays as an input; its target is padding, without loss)
-        return self._batch(codes[:, :-1], codes[:, 1:], None, lengths - 1, state)
+        return self._batch(codes[:, :-1], codes[:, 1:], None, lengths - 1, chosen, state)
 
-    def _pack(self, starts: np.ndarray, lengths: np.ndarray, state: dict[str, int]) -> Batch:
+    def _pack(
+        self, chosen: np.ndarray, starts: np.ndarray, lengths: np.ndarray, state: dict[str, int]
+    ) -> Batch:
         lengths = lengths - 1  # a dialogue fills as many cells as it has targets
         row_of, column_of = pack(lengths, self.seq_len)
         n_rows, width = int(row_of.max()) + 1, int((column_of + lengths).max())
@@ -184,7 +190,9 @@ class DialogTokenGenerator(IndexedBatches):
         firsts = np.searchsorted(row_of[order], np.arange(n_rows))
         numbers[order] = np.arange(len(order)) - firsts[row_of[order]]
         documents.ravel()[cells] = np.repeat(numbers, lengths)
-        return self._batch(inputs, targets, torch.from_numpy(documents), lengths, state)
+        return self._batch(
+            inputs, targets, torch.from_numpy(documents), lengths, chosen[order], state
+        )
 
     def _batch(
         self,
@@ -192,6 +200,7 @@ class DialogTokenGenerator(IndexedBatches):
         targets: np.ndarray,
         documents: torch.Tensor | None,
         lengths: np.ndarray,
+        dialogues: np.ndarray,
         state: dict[str, int],
     ) -> Batch:
         ids, shift = self.table.codes.dtype.type(self.table.token_mask), self.table.role_shift
@@ -205,6 +214,7 @@ class DialogTokenGenerator(IndexedBatches):
             spans=foreign_spans(inputs >> shift) if self.with_spans else None,
             n_tokens=int(lengths.sum()),
             lengths=torch.from_numpy(lengths),
+            dialogues=torch.from_numpy(dialogues) if self.with_dialogues else None,
             state=state,
         )
 
