@@ -23,7 +23,7 @@ from toolmem.cli.generate import generate
 from toolmem.cli.inspect import inspect as inspect_recipe
 from toolmem.cli.inspect_init import inspect_init
 from toolmem.cli.plot import norms as plot_norms
-from toolmem.cli.plot import searches as plot_searches
+from toolmem.cli.plot import page as plot_page
 from toolmem.cli.serve import serve
 from toolmem.cli.sweep import sweep
 from toolmem.cli.tokenizer import train as tokenizer_train
@@ -89,6 +89,7 @@ folder. Options come from YAML (`--config FILE`, several are merged) and from th
 | `--config FILE` | a recipe |
 | `--name NAME` | the run's name; its folder is `RUNS/NAME`; the recipe's name by default |
 | `--runs FOLDER` | the folder of all runs; `runs` by default |
+| `--exposures N` | train until each fact was seen N times on the mean, in place of `--trainer.max_steps` |
 | `--resume auto` | go on from the run's last checkpoint where there is one; `never`, the default, refuses |
 | `--logger csv\\|wandb\\|tensorboard` | where metrics go beside `metrics.csv`, which is always written |
 | `--seed_everything N` | seed of weights and of everything random in training |
@@ -198,7 +199,6 @@ def page() -> str:
     text += command("toolmem inspect", inspect_recipe)
     text += command("toolmem inspect init", inspect_init)
     text += command("toolmem plot norms", plot_norms, ("run",))
-    text += command("toolmem plot searches", plot_searches, ("sweep",))
     for name, (function, positional, _) in facts_cli.COMMANDS.items():
         text += command(f"toolmem facts {name}", function, tuple(positional))
     text += command("toolmem tool sql", sql, ("file", "query"))

@@ -214,3 +214,26 @@ def test_the_study_s_options_go_together(tmp_path, toolmem):
         options += ["--trainer.max_steps", "2", "--model.model.max_seq_len", "512"]
         called = toolmem(*words, *options)
         assert called.code == 0, called.err
+
+
+def test_exposures_say_how_long_a_run_is(toolmem, tmp_path):
+    """12 people have 48 facts, seen once in 6 steps of 8."""
+    config = changed(exposures=2, trainer__max_steps=-1, trainer__log_every_n_steps=1)
+    config["recall"]["every_n_steps"] = 0
+    recipe = write_config(tmp_path / "a.yaml", config)
+    called = toolmem("fit", "--config", recipe, "--runs", tmp_path)
+    assert called.code == 0, called.err
+    logged = rows(tmp_path / "a")
+    assert logged[-1]["step"] == "12"
+    assert float(logged[-1]["train/learning_rate"]) < float(logged[1]["train/learning_rate"])
+    rerun = toolmem(
+        "fit", "--config", tmp_path / "a" / "config.yaml", "--runs", tmp_path, "--name", "b"
+    )
+    assert rerun.code == 0, rerun.err
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    both = toolmem(
+        "fit", "--config", recipe, "--runs", tmp_path, "--name", "c", "--trainer.max_steps", 5
+    )
+    assert both.code == 2
+    assert "exposures is 2 and trainer.max_steps is 5: both say how long to train" in both.err
+    assert not (tmp_path / "c").exists()

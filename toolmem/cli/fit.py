@@ -19,6 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from toolmem import checkpoints
 from toolmem.class_path import import_class
 from toolmem.cli.functions import plain
+from toolmem.data.exposures import steps_of_exposures
 from toolmem.errors import ToolmemError
 from toolmem.files import explain_os_error, write_text
 from toolmem.recipe_files import read_mapping
@@ -144,6 +145,10 @@ class ToolmemCLI(LightningCLI):
             "--logger", type=Literal["csv", "wandb", "tensorboard"], default="csv",
             help="Where metrics go beside metrics.csv, which is always written.",
         )  # fmt: skip
+        parser.add_argument(
+            "--exposures", type=int | None, default=None,
+            help="Train until each fact was seen so many times, on the mean, in place of trainer.max_steps.",
+        )  # fmt: skip
         parser.add_lightning_class_args(Checkpointing, "checkpointing")
         parser.add_lightning_class_args(RecallProbe, "recall")
         parser.add_lightning_class_args(NormProbe, "norms")
@@ -165,6 +170,11 @@ class ToolmemCLI(LightningCLI):
         if settings.model.model.get("init_args", {}).get("vocab_size") is not None:
             raise ToolmemError(
                 "model.model.init_args.vocab_size is decided by the data (its tokenizer): leave it out"
+            )
+        if settings.exposures is not None and settings.trainer.get("max_steps") not in (None, -1):
+            raise ToolmemError(
+                f"exposures is {settings.exposures} and trainer.max_steps is "
+                f"{settings.trainer.max_steps}: both say how long to train; leave one out"
             )
         clip = settings.trainer.get("gradient_clip_val")
         if clip is not None and clip < 0:
@@ -212,6 +222,8 @@ class ToolmemCLI(LightningCLI):
             callbacks.append(Progress())
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": callbacks}
         loggers = self._loggers()
+        if self.command == "fit" and self.settings.exposures is not None:
+            kwargs["max_steps"] = steps_of_exposures(self.datamodule, self.settings.exposures)
         try:
             return super().instantiate_trainer(
                 logger=loggers or False, default_root_dir=str(self.folder.path), **kwargs

@@ -157,6 +157,23 @@ def step_costs(runs: Sequence[Planned]) -> dict[str, StepCost]:
     return found
 
 
+def steps_of(recipe: Mapping[str, Any]) -> int | None:
+    """How many steps a recipe trains: ``trainer.max_steps``, or those of its ``exposures``; None for neither."""
+    from toolmem.class_path import construct
+    from toolmem.cli.inspect_recipe import init_args_of
+    from toolmem.data.exposures import steps_of_exposures
+    from toolmem.recipe_files import get_key
+
+    exposures = recipe.get("exposures")
+    if exposures is None:
+        steps = get_key(recipe, "trainer.max_steps")
+        return steps if isinstance(steps, int) and steps > 0 else None
+    data = recipe["data"]
+    return steps_of_exposures(
+        construct(data["class_path"], init_args_of(data), {}, "data"), exposures
+    )
+
+
 def timed_step(run: Planned, tokens: float, threads: int) -> float:
     """Seconds of a step of training, by ``toolmem fit`` itself, in a folder that is thrown away.
 
@@ -178,9 +195,10 @@ def timed_step(run: Planned, tokens: float, threads: int) -> float:
             job = {"name": "timed", "recipe": run.recipe, "runs": folder, "until": TIMED_STEPS}
             config = fit_config(job)
             config["recall"] = {"every_n_steps": 0}
+            config.pop("exposures", None)
             config["checkpointing"] = {"monitor": None, "every_n_steps": 10**9}
             config["trainer"] |= {
-                "max_steps": max(config["trainer"]["max_steps"], TIMED_STEPS),
+                "max_steps": max(steps_of(run.recipe) or 0, TIMED_STEPS),
                 "log_every_n_steps": TIMED_STEPS,
                 "limit_val_batches": 0,
             }
@@ -233,7 +251,6 @@ def show_plan(sweep: SweepRecipe, plan: Plan, folder: SweepFolder, workers: int)
         folder: where results may be.
         workers: processes.
     """
-    from toolmem.recipe_files import get_key
     from toolmem.sweeps.grid import expand
     from toolmem.sweeps.workers import share_cores
 
@@ -243,16 +260,16 @@ def show_plan(sweep: SweepRecipe, plan: Plan, folder: SweepFolder, workers: int)
     done = len(plan.mine(rows))
     counts = list(run_counts(sweep, plan, runs))
     expected, most = Totals(), Totals()
-    steps = {run.name: get_key(run.recipe, "trainer.max_steps") for run in runs}
-    known = all(isinstance(n, int) and n > 0 for n in steps.values())
-    if known:
+    steps = {run.name: steps_of(run.recipe) for run in runs}
+    if known := all(steps.values()):
         costs = step_costs(runs)
         threads = len(share_cores(workers)[0])
         seconds_of = seconds_by_flops(runs, costs, threads)
         for run, share, at_most in counts:
-            seconds = seconds_of(costs[run.name].flops)
-            expected.add(share, steps[run.name], costs[run.name], seconds)
-            most.add(at_most, steps[run.name], costs[run.name], seconds)
+            n, cost = steps[run.name] or 0, costs[run.name]
+            seconds = seconds_of(cost.flops)
+            expected.add(share, n, cost, seconds)
+            most.add(at_most, n, cost, seconds)
     if not known or sweep.search is None:
         expected.runs = most.runs = len(runs) * len(sweep.seeds)
     if sweep.search is not None:
@@ -283,7 +300,9 @@ def show_plan(sweep: SweepRecipe, plan: Plan, folder: SweepFolder, workers: int)
             f"measured; evaluation and what ends early are not counted)",
         ]
     else:
-        lines += ["tokens, FLOPs, hours: unknown where trainer.max_steps is not given"]
+        lines += [
+            "tokens, FLOPs, hours: unknown where neither trainer.max_steps nor exposures is given"
+        ]
     for line in lines:
         stdout().print(line, highlight=False, soft_wrap=True)
 
