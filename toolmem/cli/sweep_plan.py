@@ -158,7 +158,7 @@ def step_costs(runs: Sequence[Planned]) -> dict[str, StepCost]:
 
 
 def steps_of(recipe: Mapping[str, Any]) -> int | None:
-    """How many steps a recipe trains: ``trainer.max_steps``, or those of its ``exposures``; None for neither."""
+    """Steps that a recipe trains: ``trainer.max_steps``, or those of its ``exposures``; None for neither."""
     from toolmem.class_path import construct
     from toolmem.cli.inspect_recipe import init_args_of
     from toolmem.data.exposures import steps_of_exposures
