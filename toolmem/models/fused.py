@@ -60,13 +60,20 @@ def _plain_linear(layer: nn.Module) -> bool:
     return type(layer) in (nn.Linear, FastLinear, InvariantLinear)
 
 
-def _fits(block: nn.Module) -> bool:
-    """Whether the C code computes what this block does."""
+def fits(block: nn.Module, residual_conv: bool = False) -> bool:
+    """Whether the C code computes what this block does.
+
+    Args:
+        block: of a model.
+        residual_conv: the code has convolutions on the branches' inputs.
+    """
     if type(block) is not Block or type(block.mixer) is not Attention:
         return False
     mixer, mlp = block.mixer, block.feed_forward
-    extras: list[object] = [block.mixer_conv, block.mixer_post_norm, block.feed_forward_conv]
-    extras += [block.feed_forward_post_norm, mixer.q_norm, mixer.value_mix]
+    extras: list[object] = [block.mixer_post_norm, block.feed_forward_post_norm]
+    extras += [mixer.q_norm, mixer.value_mix]
+    if not residual_conv:
+        extras += [block.mixer_conv, block.feed_forward_conv]
     return (
         type(mlp) is FeedForward
         and type(block.mixer_norm) is RMSNorm
@@ -119,7 +126,12 @@ def _between(model: LanguageModel) -> Iterator[type]:
         yield each
 
 
-def _parts(model: LanguageModel) -> list[Parts]:
+def embeds_and_runs_plainly(model: LanguageModel) -> bool:
+    """Whether the model's class leaves it to ``LanguageModel`` what comes before and between blocks."""
+    return not any(name in vars(own) for own in _between(model) for name in ("hidden", "embed"))
+
+
+def parts_of(model: LanguageModel) -> list[Parts]:
     """Of every block."""
     return [
         Parts(block.mixer_norm, block.mixer, block.feed_forward_norm, block.feed_forward)  # type: ignore[arg-type]
@@ -138,7 +150,7 @@ class FusedDecoder:
     def __init__(self, model: LanguageModel, state: PagedState) -> None:
         self.model = model
         self.state = state
-        self.parts = _parts(model)
+        self.parts = parts_of(model)
         h, k, d, hidden, kind, width = self.parts[0].shape
         self.conv = bool(width)
         attention = [block_state.mixer for block_state in state.layers]
@@ -169,10 +181,10 @@ class FusedDecoder:
             weight.device.type != "cpu"
             or weight.dtype != torch.float32
             or model.attention_mask != "causal"
-            or any(name in vars(own) for own in _between(model) for name in ("hidden", "embed"))
+            or not embeds_and_runs_plainly(model)
             or hooked
-            or not all(_fits(block) for block in model.blocks)
-            or len({parts.shape for parts in _parts(model)}) != 1
+            or not all(fits(block) for block in model.blocks)
+            or len({parts.shape for parts in parts_of(model)}) != 1
             or library() is None
         ):
             return None
@@ -248,12 +260,7 @@ class FusedDecoder:
         if self._embeds:
             x = torch.empty(n, model.dim)
         else:
-            x = model.embed(torch.from_numpy(tokens))
-            if model.position_embedding is not None:
-                x = x + model.position_embedding(torch.from_numpy(lengths))
-            if model.embedding_norm is not None:
-                x = model.embedding_norm(x)
-            x = x.contiguous()
+            x = model.enter(torch.from_numpy(tokens), torch.from_numpy(lengths)).contiguous()
         room = torch.empty(n * self.room)
         tables = np.ascontiguousarray(pages, dtype=np.int32)
         before = np.ascontiguousarray(lengths, dtype=np.int32)

@@ -197,13 +197,7 @@ class LanguageModel(nn.Module):
                 raise ToolmemError("documents cannot be given with a cache: one lane, one document")
             context = self._cached_context(tokens, cache, counts, spans, tree)
         context.extras = extras
-        x = self.embed(tokens)
-        if self.position_embedding is not None:
-            x = x + self.position_embedding(context.positions)
-        if self.embedding_norm is not None:
-            x = self.embedding_norm(x)
-        if self.dropout is not None:
-            x = self.dropout(x)
+        x = self.enter(tokens, context.positions)
         for index, block in enumerate(self.blocks):
             x = block(x, context, None if cache is None else cache.layers[index])
         if cache is not None:
@@ -214,6 +208,20 @@ class LanguageModel(nn.Module):
         """Embedded tokens, (..., dim), without positions."""
         x = self.embedding(tokens)
         return x if self.scale == 1.0 else x * self.scale
+
+    def enter(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """What the first block reads, (..., dim).
+
+        Args:
+            tokens: (...) int64.
+            positions: int64 that broadcast to them; looked at by learned positions alone.
+        """
+        x = self.embed(tokens)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(positions)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
+        return x if self.dropout is None else self.dropout(x)
 
     def logits(self, hidden: Tensor, weight: Tensor | None = None) -> Tensor:
         """The head: (..., dim) to (..., vocab_size).

@@ -31,6 +31,7 @@ from toolmem.data.batch import Batch
 from toolmem.errors import ToolmemError
 from toolmem.models import LanguageModel
 from toolmem.models.context import Extras
+from toolmem.models.fused_training import FusedBlocks, FusedChoice
 from toolmem.models.kernel_choice import KernelChoice
 from toolmem.training import compatibility
 from toolmem.training.initial_weights import load_initial_weights
@@ -58,6 +59,9 @@ class LanguageModelModule(pl.LightningModule):
         schedule: of its learning rate (``toolmem.training.Cosine``, ``WSD``, ...).
         compile: compile the model's body for training, once for all lengths; takes some tens of
             seconds at the first step, so it pays in long runs only.
+        fused: run the blocks of a small plain Transformer on a CPU by one call of C each way, which is
+            much faster and equal to rounding: where it can and pays (``auto``), or refuse what cannot
+            (``true``).
         z_loss: weight of the squared log of the softmax's denominator at each loss-bearing token
             (PaLM's 1e-4, arXiv 2204.02311), which keeps logits from drifting; 0 for none.
         attention_kernel: what runs attention: ``sdpa`` (torch's own), ``flex`` (FlexAttention),
@@ -73,6 +77,7 @@ class LanguageModelModule(pl.LightningModule):
         optimizer: OptimizerConfig,
         schedule: Schedule,
         compile: bool = False,
+        fused: FusedChoice = "auto",
         z_loss: float = 0.0,
         attention_kernel: KernelChoice = "auto",
         init_from: str | None = None,
@@ -80,6 +85,8 @@ class LanguageModelModule(pl.LightningModule):
         super().__init__()
         if z_loss < 0:
             raise ToolmemError(f"model.z_loss is {z_loss}: it must be 0 (off) or more")
+        if compile and fused is True:
+            raise ToolmemError("model.compile and model.fused are both true: leave one of them out")
         self.z_loss = z_loss
         self.init_from = init_from
         model.use_attention(attention_kernel)
@@ -88,9 +95,11 @@ class LanguageModelModule(pl.LightningModule):
         self.schedule = schedule
         self.compile_model = compile
         # A bound method, not a wrapped module: names in checkpoints stay as they are.
-        self._hidden: Callable[..., Tensor] = (
-            torch.compile(model.hidden, dynamic=True) if compile else model.hidden
-        )
+        self._hidden: Callable[..., Tensor] = model.hidden
+        if compile:
+            self._hidden = torch.compile(model.hidden, dynamic=True)
+        elif fused:
+            self._hidden = FusedBlocks(model, fused)
         self.train_loss = TokenMean()
         self.train_tokens = TokenCount()
         self.train_extras = NamedMeans()

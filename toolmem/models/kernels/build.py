@@ -131,6 +131,15 @@ def _declare(built: ctypes.CDLL) -> ctypes.CDLL:
     # logits, rows, vocabulary, tokens, log-probabilities
     built.likeliest.argtypes = [pointer, long, long, pointer, pointer]
     built.likeliest.restype = None
+    # shape, where to write the numbers of room and of gradients
+    built.train_sizes.argtypes = [pointer] * 3
+    built.train_sizes.restype = None
+    # shape, layers, the last norm's gain and epsilon, cosines, sines, x, y, room
+    built.train_forward.argtypes = [pointer] * 3 + [real] + [pointer] * 5
+    built.train_forward.restype = None
+    # shape, layers, the last norm's gain, cosines, sines, dy, dx, room, gradients
+    built.train_backward.argtypes = [pointer] * 9
+    built.train_backward.restype = None
     built.read_all.argtypes = [pointer, long]
     built.read_all.restype = real
     return built

@@ -414,3 +414,4 @@ float read_all(const float *p, long n) {
 }
 
 #include "decode.c"
+#include "train.c"
