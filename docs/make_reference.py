@@ -55,6 +55,7 @@ from toolmem.training import (
     Muon,
     NormProbe,
     RecallProbe,
+    TokenLossProbe,
 )
 
 PAGE = Path(__file__).parent / "cli.md"
@@ -188,7 +189,7 @@ def page() -> str:
             (Transformer, MoETransformer, Mamba, Mamba2, RNN, LinearAttention, Hybrid),
         ),
         ("toolmem.training", (Muon, AdamW, WSD, Cosine, Linear, InverseSqrt, Constant)),
-        ("toolmem.training", (Flops, EMA, BatchSizeWarmup)),
+        ("toolmem.training", (Flops, EMA, BatchSizeWarmup, TokenLossProbe)),
     ):
         for cls in classes:
             text += f"#### {package}.{cls.__name__}\n\n{summary(cls)}{table(cls, '')}"
@@ -198,6 +199,7 @@ def page() -> str:
     text += command("toolmem evaluate", evaluate)
     text += command("toolmem inspect", inspect_recipe)
     text += command("toolmem inspect init", inspect_init)
+    text += command("toolmem plot", plot_page, ("folder",))
     text += command("toolmem plot norms", plot_norms, ("run",))
     for name, (function, positional, _) in facts_cli.COMMANDS.items():
         text += command(f"toolmem facts {name}", function, tuple(positional))

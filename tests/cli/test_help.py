@@ -25,7 +25,7 @@ HEAVY = {
 # every command line that has a --help of its own
 HELPS = [
     "demo", "fit", "validate", "test", "predict", "sweep", "generate", "serve", "evaluate", "inspect",
-    "inspect init", "plot", "plot norms", "plot searches", "facts", "facts build", "facts show", "tool",
+    "inspect init", "plot", "plot norms", "plot DIR", "facts", "facts build", "facts show", "tool",
     "tool sql", "tool calculator", "tokenizer", "tokenizer train",
 ]  # fmt: skip
 

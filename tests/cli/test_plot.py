@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from toolmem.analysis.norms import TITLES, edges, ordered, panels_of
+from toolmem.analysis.norms_plot import TITLES, edges, ordered, panels_of
 from toolmem.training.callbacks.norm_files import NormFile
 from toolmem.training.callbacks.norm_measures import Row
 
@@ -64,7 +64,10 @@ def test_pictures(run, tmp_path, toolmem):
 
 
 def test_help(toolmem):
-    assert "toolmem plot norms runs/first" in toolmem("plot").out
+    usage = toolmem("plot").out
+    assert "toolmem plot norms runs/first" in usage
+    assert "toolmem plot DIR [options]" in usage
+    assert all(f"  {kind} " in usage for kind in ("sweep", "searches", "halving", "curves"))
     page = toolmem("plot", "norms", "--help").out
     assert all(measure in page for measure in MEASURES)
 

@@ -57,12 +57,14 @@ def test_a_row_for_each_run(finished):
         assert row["flops"] > 6 * row["params_non_embedding"] * row["tokens"]
         assert row["seconds"] > 0
         assert row["toolmem_version"]
+        assert row["processor"]
+        assert row["params_untied"] == row["params_total"]  # no table is tied here
         folder = finished / "out" / "runs" / run.name
         with open(folder / "metrics.csv", newline="") as stream:
             assert row["val/loss"] == float(list(csv.DictReader(stream))[-1]["val/loss"])
         assert not (folder / "checkpoints").exists()
         assert (folder / "log.txt").is_file()
-    for name in ("report.html", "report.png", "report.svg", "sweep.yaml"):
+    for name in ("report.html", "toy.csv", "toy.png", "toy.svg", "sweep.yaml"):
         assert (finished / "out" / name).stat().st_size > 100, name
 
 
@@ -79,13 +81,18 @@ def test_the_last_run_of_a_worker_is_what_fit_alone_gives(finished, toolmem, tmp
 def test_a_finished_sweep_is_only_drawn_again(finished, toolmem):
     out = finished / "out"
     before = written_at(out)
-    (out / "report.png").unlink()
+    (out / "toy.png").unlink()
     called = toolmem("sweep", finished / "toy.yaml", "--out", out)
     assert called.code == 0, called.err
     assert written_at(out) == before
-    assert (out / "report.png").is_file()
+    assert (out / "toy.png").is_file()
     assert "best lr" in called.out
-    assert "has no search: its plot is report.html" in toolmem("plot", "searches", out).err
+    assert "has no search" in toolmem("plot", "searches", out).err
+    drawn = toolmem("plot", out, "--out", finished / "page.html", "--pdf")
+    assert drawn.code == 0, drawn.err
+    assert [Path(line).name for line in drawn.out.splitlines()] == [
+        "page.html", "toy.csv", "toy.pdf", "toy.svg"
+    ]  # fmt: skip
     (out / "results.duckdb").unlink()  # it is made again of what the workers left
     assert toolmem("sweep", finished / "toy.yaml", "--out", out).code == 0
     assert len(rows_of(out)) == 4
@@ -215,13 +222,13 @@ def test_a_search_finds_the_smallest_and_is_only_drawn_again(toolmem, tmp_path):
         below = [r["member"] for r in runs if r["flops/total"] < 2.5e6]
         assert not below or max(below) == best["member"] - 4
     assert answers[0]["member"] != answers[1]["member"]
-    assert (out / "report.png").is_file()
+    assert (out / "toy.png").is_file()
     assert "params_total" in called.out
     drawn = toolmem("plot", "searches", out, "--out", tmp_path / "drawn")
     assert drawn.code == 0, drawn.err
     assert (tmp_path / "drawn" / "report.html").is_file()
-    assert (tmp_path / "drawn" / "searches.csv").read_text() == (out / "searches.csv").read_text()
-    assert "is no folder of a sweep" in toolmem("plot", "searches", tmp_path).err
+    assert (tmp_path / "drawn" / "toy.csv").read_text() == (out / "toy.csv").read_text()
+    assert "is neither a sweep's folder" in toolmem("plot", "searches", tmp_path).err
     before = written_at(out)
     (out / "results.duckdb").unlink()
     assert toolmem("sweep", recipe, "--out", out).code == 0

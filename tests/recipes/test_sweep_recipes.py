@@ -13,7 +13,7 @@ from toolmem.recipe_files import get_key, set_key
 from toolmem.sweeps import Results, SweepRecipe, expand
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "recipes" / "sweeps"
-# what makes each small: of its axes, what is left; of its base, what is changed
+# what makes each small: of its axes, how many values are left, or others; of its base, what is changed
 CUT = {
     "mqar": (
         {"width": 1, "lr": 1},
@@ -29,6 +29,18 @@ CUT = {
             "recall.n_unseen": 4,
             "data.people": 8,
         },
+    ),
+    "generalization_laptop": (
+        {
+            "people": 1,
+            "diversity": {"4 a step": {"data.batch_size": 4, "trainer.max_steps": 2}},
+            "setting": {"in_tool": {"data.setting": "in_tool", "data.people": 8}},
+        },
+        {"recall.every_n_steps": 2, "recall.n_questions": 4, "recall.n_unseen": 4},
+    ),
+    "compressibility_laptop": (
+        {"alpha": 1, "people": {8: {"data.people": 8, "trainer.max_steps": 2}}},
+        {"recall.every_n_steps": 2, "recall.n_questions": 4},
     ),
     **dict.fromkeys(
         ("figure1_quick", "figure1_laptop", "figure1_overnight", "figure1"),
@@ -65,8 +77,11 @@ def test_cut_down_it_runs_to_its_plot(name, tmp_path, capsys):
     left, changes = CUT[name]
     written = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
     written["base"] = SweepRecipe.read(FOLDER / f"{name}.yaml").base
-    for axis, n in left.items():
-        written["axes"][axis]["values"] = written["axes"][axis]["values"][:n]
+    for axis, few in left.items():
+        if isinstance(few, int):
+            written["axes"][axis]["values"] = written["axes"][axis]["values"][:few]
+        else:
+            written["axes"][axis] = few
     for key, value in changes.items():
         set_key(written["base"], key, value)
     written["seeds"] = 1
@@ -83,4 +98,4 @@ def test_cut_down_it_runs_to_its_plot(name, tmp_path, capsys):
     rows = Results(tmp_path / "out" / "results.duckdb").rows()
     assert {row["status"] for row in rows} == {"done"}, [row["error"] for row in rows]
     assert len(rows) == len(expand(SweepRecipe.read(recipe)))
-    assert (tmp_path / "out" / "report.png").is_file()
+    assert (tmp_path / "out" / f"{name}.csv").is_file()

@@ -162,3 +162,39 @@ def test_by_what_a_run_was_judged_at_rungs(tmp_path):
     results = Results(tmp_path / "results.duckdb")
     results.write([paused])
     assert results.rows()[0]["judged"] == {"10": 3.0}
+
+
+def test_rows_of_an_older_version_stay_and_new_ones_are_added(tmp_path):
+    """A file without the columns processor and params_untied is read as it is, and takes rows with them."""
+    results = Results(tmp_path / "results.duckdb")
+    old = row("a", {"width": 4})
+    results.write([old])
+    with duckdb.connect(str(results.path)) as connection:
+        columns = {
+            name for _, name, *_ in connection.execute("PRAGMA table_info('runs')").fetchall()
+        }
+    assert not {"processor", "params_untied"} & columns
+    results.write([row("b", {"width": 8}, processor="A processor", params_untied=140)])
+    found = {one["name"]: one for one in results.rows()}
+    assert (found["a"]["processor"], found["a"]["params_untied"]) == (None, None)
+    assert (found["b"]["processor"], found["b"]["params_untied"]) == ("A processor", 140)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_a_models_parameters_were_without_a_tied_table(tied, tmp_path):
+    from toolmem.models import Transformer
+
+    model = Transformer(32, 8, n_layers=1, n_heads=2, max_seq_len=16, tie_embeddings=tied)
+    job = {
+        "name": "a",
+        "seed": 0,
+        "settings": {},
+        "recipe": {},
+        "metrics": {},
+        "runs": str(tmp_path),
+    }
+    made = result_row(job, seconds=1, threads=1, model=model)
+    untied = Transformer(32, 8, n_layers=1, n_heads=2, max_seq_len=16)
+    assert made["params_untied"] == sum(p.numel() for p in untied.parameters())
+    assert made["params_total"] == made["params_untied"] - (32 * 8 if tied else 0)
+    assert made["processor"]

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from toolmem.analysis.norms import split
+from toolmem.analysis.norms_plot import split
 from toolmem.analysis.pictures import picture_file, save
 from toolmem.models import LanguageModel
 from toolmem.models.context import Extras

@@ -3,33 +3,76 @@
 from __future__ import annotations
 
 import base64
+import csv
 import io
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import toolmem
+from toolmem.analysis.pictures import FORMATS, picture_bytes, save
 from toolmem.files import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+TYPES = {"png": "image/png", "svg": "image/svg+xml", "pdf": "application/pdf", "csv": "text/csv"}
 
-def svg(figure: Figure) -> str:
-    """A matplotlib figure as an ``<svg>`` element that scales with the page."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", bbox_inches="tight")
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+Table = tuple[Sequence[str], Sequence[Sequence[Any]]]
 
 
-def png_uri(figure: Figure, dpi: int = 160) -> str:
-    """A matplotlib figure as a ``data:`` address, for a download link."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+@dataclass(frozen=True)
+class Panel:
+    """A figure with its table, as a page shows it and files hold it.
+
+    Args:
+        name: how its files are called, without an ending.
+        caption: what the figure shows.
+        figure: of matplotlib; None for a table alone.
+        table: column heads and rows of cells, as one reads them; None for none.
+        records: heads and rows of the CSV, numbers as they are; the table's when None.
+        heading: above it; none when empty.
+        text: what it says in words, above the figure.
+        made: by which runs it was made, in a line.
+        picture: another picture's HTML in place of the figure's, made by the library itself, not by data.
+    """
+
+    name: str
+    caption: str
+    figure: Figure | None = None
+    table: Table | None = None
+    records: Table | None = None
+    heading: str = ""
+    text: str = ""
+    made: str = ""
+    picture: str = ""
+
+    @property
+    def data(self) -> Table | None:
+        """What its CSV holds; None for nothing."""
+        return self.table if self.records is None else self.records
+
+    def csv(self) -> str:
+        """Its CSV; empty cells for None."""
+        heads, rows = self.data or ((), ())
+        stream = io.StringIO()
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(heads)
+        writer.writerows(rows)
+        return stream.getvalue()
+
+
+def data_uri(content: bytes, kind: str) -> str:
+    """A file as a ``data:`` address.
+
+    Args:
+        content: of the file.
+        kind: its ending: ``png``, ``svg``, ``pdf`` or ``csv``.
+    """
+    return f"data:{TYPES[kind]};base64,{base64.b64encode(content).decode()}"
 
 
 def write_report(
@@ -37,10 +80,10 @@ def write_report(
     *,
     title: str,
     lead: str,
-    table: tuple[Sequence[str], Iterable[Sequence[str]]],
-    figures: Sequence[tuple[str, Figure]] = (),
+    panels: Sequence[Panel],
     dialogues: Sequence[tuple[str, Sequence[tuple[str, str]], str]] = (),
-    circumstances: Sequence[tuple[str, str]] = (),
+    circumstances: Iterable[tuple[str, str]] = (),
+    recipe: str = "",
 ) -> None:
     """Write the page in one step.
 
@@ -48,10 +91,10 @@ def write_report(
         path: the HTML file.
         title: the page's heading.
         lead: a paragraph that says what one sees.
-        table: column heads, and rows of cells.
-        figures: (caption, figure) pairs.
+        panels: figures and tables, in order; their names differ.
         dialogues: (heading, (role, text) turns, verdict) of each dialogue shown.
         circumstances: (name, value) pairs: command, seeds, hardware, versions.
+        recipe: the YAML that makes it again.
     """
     environment = Environment(
         loader=PackageLoader("toolmem.analysis", "templates"),
@@ -60,15 +103,47 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    heads, rows = table
     page = environment.get_template("report.html.jinja").render(
         title=title,
         lead=lead,
-        heads=heads,
-        rows=[list(row) for row in rows],
-        figures=[(caption, svg(figure), png_uri(figure)) for caption, figure in figures],
+        panels=[(panel, _downloads(panel)) for panel in panels],
         dialogues=dialogues,
-        circumstances=circumstances,
+        circumstances=list(circumstances),
+        recipe=recipe,
         version=toolmem.__version__,
     )
     write_text(path, page)
+
+
+def _downloads(panel: Panel) -> dict[str, str]:
+    """The address of each of a panel's files, by ending."""
+    found = {}
+    if panel.figure is not None:
+        for kind in ("svg", "png", "pdf"):
+            found[kind] = data_uri(picture_bytes(panel.figure, kind), kind)
+    if panel.data is not None:
+        found["csv"] = data_uri(panel.csv().encode(), "csv")
+    return found
+
+
+def write_files(panels: Sequence[Panel], folder: str | Path, kinds: Sequence[str]) -> list[Path]:
+    """Write panels as files, each called by its name; return them.
+
+    Args:
+        panels: to be written.
+        folder: where to.
+        kinds: their endings: ``csv``, and those of pictures.
+
+    Raises:
+        ToolmemError: for a file that cannot be written.
+    """
+    written = []
+    for panel in panels:
+        for kind in kinds:
+            target = Path(folder) / f"{panel.name}.{kind}"
+            if f".{kind}" in FORMATS and panel.figure is not None:
+                written.append(save(panel.figure, target))
+            elif kind == "csv" and panel.data is not None:
+                write_text(target, panel.csv())
+                written.append(target)
+    return written

@@ -1,28 +1,38 @@
-"""The picture of a sweep: a metric along one axis, a line for each value of another, the best of the rest."""
+"""The figure of a sweep: a metric along one axis, a line for each value of another, the best of the rest."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from toolmem.analysis.report import write_report
+from toolmem.analysis.pictures import (
+    GREY,
+    finite,
+    is_share,
+    label_x,
+    legend_below,
+    new_figure,
+    places_of,
+    style,
+    tidy,
+)
+from toolmem.analysis.published import Published, read_published
+from toolmem.analysis.report import Panel
+from toolmem.analysis.sources import Source, SweepSource
 from toolmem.errors import ToolmemError
-from toolmem.files import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from toolmem.sweeps.recipe import ReportRecipe, SweepRecipe
+    from toolmem.analysis.page import Request
+    from toolmem.sweeps.recipe import SweepRecipe
+    from toolmem.sweeps.report_recipe import ReportRecipe
 
-# Okabe and Ito's colours, told apart by colour-blind readers too, and a marker each.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#7f7f7f", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-PANELS_IN_A_ROW = 5
+PANELS_IN_A_ROW = 3
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,7 @@ class Point:
         best: labels on the axes of which this is the best, or one of all.
         values: the metric of each seed.
         rows: the runs' rows.
+        panel: label on the axis of pictures; None where there is one.
     """
 
     line: Any
@@ -42,6 +53,7 @@ class Point:
     best: dict[str, Any]
     values: tuple[float, ...]
     rows: tuple[Mapping[str, Any], ...]
+    panel: Any = None
 
     @property
     def mean(self) -> float:
@@ -52,6 +64,65 @@ class Point:
         """The mean of another column over seeds; None where it was not measured."""
         found = [row[column] for row in self.rows if row.get(column) is not None]
         return fmean(found) if found else None
+
+
+def applies(source: Source) -> bool:
+    """To sweeps without a search, unless the recipe names another kind."""
+    return (
+        isinstance(source, SweepSource)
+        and source.recipe.search is None
+        and source.report.kind in (None, "sweep")
+    )
+
+
+def panels(source: Source, request: Request) -> list[Panel]:
+    """The figure of a sweep.
+
+    Raises:
+        ToolmemError: for what is no sweep, or has no run with the metric.
+    """
+    if not isinstance(source, SweepSource) or source.recipe.search is not None:
+        raise ToolmemError(f"{source.path} is no sweep without a search: name another kind")
+    recipe, report = source.recipe, source.report
+    points = all_points(source.done, report)
+    best = best_points(points, report)
+    theirs = [] if request.published is None else published_of(request.published, best, recipe)
+    over = f", the best over {' and '.join(report.best_over)}" if report.best_over else ""
+    seeds = (
+        " Means over seeds; shades from the smallest to the largest." if _several(points) else ""
+    )
+    beside = " Hollow: published." if theirs else ""
+    return [
+        Panel(
+            recipe.name,
+            f"{report.metric} by {report.x_column or report.x}{over}.{seeds}{beside}",
+            draw(points, recipe, theirs),
+            table_of(points, recipe, theirs),
+            source.records(),
+            made=source.made(source.done),
+        )
+    ]
+
+
+def _several(points: Sequence[Point]) -> bool:
+    return any(len(point.values) > 1 for point in points)
+
+
+def published_of(path: str, best: Sequence[Point], sweep: SweepRecipe) -> list[Published]:
+    """Published results beside points.
+
+    Args:
+        path: the CSV.
+        best: the points that are drawn.
+        sweep: whose report names its columns.
+    """
+    report = sweep.report
+    assert report is not None
+    xs = labels_of(sweep, report.x)
+    if report.x_column is not None:
+        xs = [x for p in best if (x := p.mean_of(report.x_column)) is not None]
+        xs = [min(xs) / 2, max(xs) * 2]
+    return read_published(path, sweep, xs=xs, metric=report.metric)
 
 
 def all_points(rows: Sequence[Mapping[str, Any]], report: ReportRecipe) -> list[Point]:
@@ -66,11 +137,12 @@ def all_points(rows: Sequence[Mapping[str, Any]], report: ReportRecipe) -> list[
     """
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
-        value = row.get(report.metric)
-        if row["status"] == "done" and value is not None and not math.isnan(value):
+        if row["status"] == "done" and finite(row.get(report.metric)):
             settings = row["settings"]
-            line = settings[report.line] if report.line is not None else None
-            key = (line, settings[report.x], *(settings[name] for name in report.best_over))
+            line, panel = (
+                None if axis is None else settings[axis] for axis in (report.line, report.panel)
+            )
+            key = (panel, line, settings[report.x], *(settings[name] for name in report.best_over))
             groups.setdefault(key, []).append(row)
     if not groups:
         raise ToolmemError(
@@ -83,12 +155,13 @@ def all_points(rows: Sequence[Mapping[str, Any]], report: ReportRecipe) -> list[
             dict(zip(report.best_over, best, strict=True)),
             tuple(row[report.metric] for row in found),
             tuple(found),
+            panel,
         )
-        for (line, x, *best), found in groups.items()
+        for (panel, line, x, *best), found in groups.items()
     ]
 
 
-def best_points(points: Sequence[Point], report: ReportRecipe) -> list[Point]:
+def best_points(points: Iterable[Point], report: ReportRecipe) -> list[Point]:
     """Of the points of each line at each x, the one whose mean over seeds is best.
 
     Args:
@@ -96,9 +169,9 @@ def best_points(points: Sequence[Point], report: ReportRecipe) -> list[Point]:
         report: says whether large is good.
     """
     sign = 1 if report.mode == "max" else -1
-    best: dict[tuple[Any, Any], Point] = {}
+    best: dict[tuple[Any, ...], Point] = {}
     for point in points:
-        place = (point.line, point.x)
+        place = (point.panel, point.line, point.x)
         if place not in best or sign * point.mean > sign * best[place].mean:
             best[place] = point
     return list(best.values())
@@ -111,45 +184,50 @@ def labels_of(sweep: SweepRecipe, axis: str | None) -> list[Any]:
     return next(list(one.values) for one in sweep.axes if one.name == axis)
 
 
-def draw(points: Sequence[Point], sweep: SweepRecipe) -> Figure:
-    """The best of each line along x; beneath, a small panel for each x along the first of ``best_over``.
+def draw(
+    points: Sequence[Point], sweep: SweepRecipe, published: Sequence[Published] = ()
+) -> Figure:
+    """The best of each line along x, a picture for each value of the axis ``panel``.
+
+    Beneath one picture alone stands a small one for each x, along the first of ``best_over``.
 
     Args:
         points: as `all_points` finds them.
         sweep: whose report it is.
+        published: results to draw beside.
     """
-    from matplotlib.figure import Figure
-
     report = sweep.report
     assert report is not None
-    panels = labels_of(sweep, report.x) if report.best_over else []
-    columns = max(1, min(len(panels), PANELS_IN_A_ROW))
-    n_rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(7.6, 4.2 + 2.1 * n_rows), layout="constrained")
-    grid = figure.add_gridspec(1 + n_rows, columns, height_ratios=[2.1, *([1.0] * n_rows)])
-    main = figure.add_subplot(grid[0, :])
-    _draw_lines(main, best_points(points, report), sweep, report.x)
-    main.set_xlabel(report.x)
-    over = f", best over {' and '.join(report.best_over)}" if report.best_over else ""
-    main.set_title(report.title or f"{report.metric} by {report.x}{over}", loc="left", fontsize=11)
-    if report.line is not None:
-        main.legend(
-            frameon=False,
-            fontsize=9,
-            loc="upper left",
-            bbox_to_anchor=(1.01, 1.0),
-            title=report.line,
-        )
+    pictures = labels_of(sweep, report.panel)
+    small = labels_of(sweep, report.x) if report.best_over and len(pictures) == 1 else []
+    columns = max(1, min(len(small), PANELS_IN_A_ROW))
+    n_rows = math.ceil(len(small) / columns)
+    heights = [3.1] * len(pictures) + [1.75] * n_rows
+    figure = new_figure(sum(heights) + 0.4)
+    grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
+    best = best_points(points, report)
+    mains: list[Axes] = []
+    for index, label in enumerate(pictures):
+        axes = figure.add_subplot(grid[index, :], sharex=mains[0] if mains else None)
+        mains.append(axes)
+        _draw_lines(axes, [p for p in best if p.panel == label], sweep, report.x)
+        _draw_published(axes, published, sweep)
+        if report.panel is not None:
+            axes.set_title(f"{report.panel}: {label}", loc="left", fontsize=9)
+    mains[-1].set_xlabel(report.x_column or report.x)
+    fullest = max(mains, key=lambda axes: len(axes.get_legend_handles_labels()[1]))
+    legend_below(figure, fullest, report.line)
     first = None
-    for index, x in enumerate(panels):
-        axes = figure.add_subplot(grid[1 + index // columns, index % columns], sharey=first)
+    for index, x in enumerate(small):
+        place = grid[len(pictures) + index // columns, index % columns]
+        axes = figure.add_subplot(place, sharey=first)
         first = first or axes
         here = best_points_along([p for p in points if p.x == x], report)
         _draw_lines(axes, here, sweep, report.best_over[0], small=True)
         axes.set_title(f"{report.x} {x}", fontsize=8)
         axes.set_xlabel(report.best_over[0], fontsize=8)
         if index % columns == 0:
-            axes.set_ylabel(report.metric, fontsize=8)
+            axes.set_ylabel(report.metric, fontsize=7)
         else:
             axes.tick_params(labelleft=False)
     return figure
@@ -158,152 +236,127 @@ def draw(points: Sequence[Point], sweep: SweepRecipe) -> Figure:
 def best_points_along(points: Sequence[Point], report: ReportRecipe) -> list[Point]:
     """The best of each line at each value of the first axis of ``best_over``, which becomes their x."""
     along = report.best_over[0]
-    moved = [Point(p.line, p.best[along], p.best, p.values, p.rows) for p in points]
+    moved = [Point(p.line, p.best[along], p.best, p.values, p.rows, p.panel) for p in points]
     return best_points(moved, report)
 
 
 def _draw_lines(
     axes: Axes, points: Sequence[Point], sweep: SweepRecipe, along: str, small: bool = False
 ) -> None:
-    assert sweep.report is not None
+    report = sweep.report
+    assert report is not None
+    column = report.x_column if along == report.x else None
     order = labels_of(sweep, along)
-    numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in order)
-    places = {x: x if numbers else index for index, x in enumerate(order)}
-    for index, line in enumerate(labels_of(sweep, sweep.report.line)):
-        found = sorted((p for p in points if p.line == line), key=lambda p: places[p.x])
+    places, _ = places_of(order)
+    drawn: list[float] = []
+    for index, line in enumerate(labels_of(sweep, report.line)):
+        placed = [
+            (places[p.x] if column is None else p.mean_of(column), p)
+            for p in points
+            if p.line == line
+        ]
+        found = sorted(((x, p) for x, p in placed if x is not None), key=lambda pair: pair[0])
         if not found:
             continue
-        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
-        xs, ys = [places[p.x] for p in found], [p.mean for p in found]
+        xs, ys = [x for x, _ in found], [p.mean for _, p in found]
+        drawn += xs
+        look = style(index)
         axes.plot(
-            xs, ys, color=colour, marker=marker, markersize=3 if small else 6,
-            linewidth=1.1 if small else 1.8, label=None if line is None else str(line),
-            clip_on=False, zorder=3,
+            xs, ys, **look, markersize=3 if small else 5, linewidth=1.1 if small else 1.8,
+            label=None if line is None else str(line), clip_on=False, zorder=3,
         )  # fmt: skip
-        if not small and any(len(p.values) > 1 for p in found):
-            low, high = [min(p.values) for p in found], [max(p.values) for p in found]
-            axes.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
-    _finish(axes, sweep.report, order if numbers else None, list(map(str, order)), small)
-
-
-def _finish(
-    axes: Axes, report: ReportRecipe, numbers: list[Any] | None, words: list[str], small: bool
-) -> None:
-    size = 7 if small else 9
-    if numbers is None:
-        axes.set_xticks(range(len(words)), words)
-    else:
-        wide = report.log_x if not small and report.log_x is not None else _spans_wide(numbers)
-        if wide and min(numbers) > 0:
-            axes.set_xscale("log")
-        shown = [f"{x:g}" for x in numbers]
-        axes.set_xticks(numbers, shown, rotation=45 if small else 0)
-        axes.minorticks_off()
-    axes.tick_params(labelsize=size)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.grid(axis="y", color="#dddddd", linewidth=0.6, zorder=0)
+        if not small and any(len(p.values) > 1 for _, p in found):
+            low, high = [min(p.values) for _, p in found], [max(p.values) for _, p in found]
+            axes.fill_between(xs, low, high, color=look["color"], alpha=0.15, linewidth=0)
+    tidy(axes, 7 if small else 9)
+    if column is None:
+        label_x(axes, order, None if small else report.log_x, 7 if small else 9, 45 if small else 0)
+    elif drawn and report.log_x is not False and min(drawn) > 0:
+        axes.set_xscale("log")
     if not small:
         axes.set_ylabel(report.metric)
-    if "accuracy" in report.metric or "exact_match" in report.metric:
-        axes.set_ylim(0, 1)  # a fraction is seen against the whole
+    if is_share(report.metric):
+        axes.set_ylim(0, 1)
 
 
-def _spans_wide(numbers: Sequence[float]) -> bool:
-    return len(numbers) > 2 and min(numbers) > 0 and max(numbers) / min(numbers) >= 4
+def _draw_published(axes: Axes, published: Sequence[Published], sweep: SweepRecipe) -> None:
+    """Hollow markers, in the colour of the line of the same label, joined where there is one at each x."""
+    report = sweep.report
+    assert report is not None
+    places, _ = places_of(labels_of(sweep, report.x))
+    lines = labels_of(sweep, report.line)
+    for line in dict.fromkeys(one.line for one in published):
+        own = line in lines
+        look = style(lines.index(line)) if own else {"color": GREY, "marker": "o"}
+        found = sorted(
+            ((places.get(p.x, p.x), p.value) for p in published if p.line == line),
+            key=lambda pair: pair[0],
+        )
+        single = len({x for x, _ in found}) == len(found)
+        label = "published" if line is None else f"{line} published"
+        axes.plot(
+            [x for x, _ in found], [y for _, y in found], **look, markersize=4.5,
+            markerfacecolor="white", alpha=0.55, linewidth=1.0, linestyle="--" if single else "none",
+            label=label, zorder=2,
+        )  # fmt: skip
 
 
 HEADS = ("params", "tokens", "FLOPs", "seconds", "seeds")
 
 
-def table_of(points: Sequence[Point], sweep: SweepRecipe) -> tuple[list[str], list[list[str]]]:
+def table_of(
+    points: Sequence[Point], sweep: SweepRecipe, published: Sequence[Published] = ()
+) -> tuple[list[str], list[list[str]]]:
     """Heads and cells of the best points, in the recipe's order.
 
     Args:
         points: as `all_points` finds them.
         sweep: whose report it is.
+        published: results that stand beside those of the same labels.
     """
     report = sweep.report
     assert report is not None
-    best = {(p.line, p.x): p for p in best_points(points, report)}
-    heads = [name for name in (report.line, report.x) if name is not None]
+    best = {(p.panel, p.line, p.x): p for p in best_points(points, report)}
+    known: dict[tuple[Any, Any], list[float]] = {}
+    for one in published if report.x_column is None else ():
+        known.setdefault((one.line, one.x), []).append(one.value)
+    heads = [name for name in (report.panel, report.line, report.x) if name is not None]
     heads += [report.metric, *(f"best {name}" for name in report.best_over), *HEADS]
+    heads += ["published"] if known else []
     rows = []
-    for line in labels_of(sweep, report.line):
-        for x in labels_of(sweep, report.x):
-            if (line, x) not in best:
-                continue
-            point = best[line, x]
-            spread = f" ({min(point.values):.3f} to {max(point.values):.3f})"
-            cells = [str(line)] if report.line is not None else []
-            cells += [str(x), f"{point.mean:.3f}{spread if len(point.values) > 1 else ''}"]
-            cells += [str(point.best[name]) for name in report.best_over]
-            cells += [_count(point.mean_of("params_total")), _count(point.mean_of("tokens"))]
-            flops, seconds = point.mean_of("flops"), point.mean_of("seconds")
-            cells += ["" if flops is None else f"{flops:.2e}", _count(seconds)]
-            rows.append([*cells, str(len(point.values))])
+    for panel in labels_of(sweep, report.panel):
+        for line in labels_of(sweep, report.line):
+            for x in labels_of(sweep, report.x):
+                if (panel, line, x) not in best:
+                    continue
+                point = best[panel, line, x]
+                cells = [str(panel)] if report.panel is not None else []
+                cells += [str(line)] if report.line is not None else []
+                cells += [str(x), number_with_spread(point.values)]
+                cells += [str(point.best[name]) for name in report.best_over]
+                cells += [count(point.mean_of("params_total")), count(point.mean_of("tokens"))]
+                flops = point.mean_of("flops")
+                cells += ["" if flops is None else f"{flops:.2e}", count(point.mean_of("seconds"))]
+                cells += [str(len(point.values))]
+                if known:
+                    cells.append(_range(known.get((line, x), [])))
+                rows.append(cells)
     return heads, rows
 
 
-def _count(value: float | None) -> str:
+def number_with_spread(values: Sequence[float]) -> str:
+    """The mean over seeds, and the smallest and largest where there are several."""
+    spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
+    return f"{fmean(values):.3f}{spread}"
+
+
+def _range(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    low, high = min(values), max(values)
+    return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
+
+
+def count(value: float | None) -> str:
+    """A number as a table shows it; nothing for None."""
     return "" if value is None else f"{value:,.0f}"
-
-
-def write_sweep_report(
-    folder: str | Path,
-    sweep: SweepRecipe,
-    rows: Sequence[Mapping[str, Any]],
-    command: str,
-) -> tuple[list[str], list[list[str]]]:
-    """Write ``report.html``, ``report.png`` and ``report.svg``; return the table.
-
-    Args:
-        folder: where to.
-        sweep: whose report it is.
-        rows: of results, of the sweep's runs.
-        command: that makes them again.
-
-    Raises:
-        ToolmemError: when no run has the report's metric.
-    """
-    report = sweep.report
-    assert report is not None
-    points = all_points(rows, report)
-    figure = draw(points, sweep)
-    save_pictures(figure, folder)
-    heads, cells = table_of(points, sweep)
-    done = [row for row in rows if row["status"] == "done"]
-    seconds = sum(row["seconds"] or 0 for row in done)
-    failed = len(rows) - len(done)
-    over = f" The best over {' and '.join(report.best_over)} is shown," if report.best_over else ""
-    write_report(
-        Path(folder) / "report.html",
-        title=report.title or f"Sweep {sweep.name}",
-        lead=f"{report.metric} of {len(done)} runs."
-        + (f"{over} by the mean over seeds." if over else "")
-        + (f" {failed} runs failed; results.duckdb says why." if failed else ""),
-        table=(heads, cells),
-        figures=[(f"{report.metric} by {report.x}", figure)],
-        circumstances=[
-            ("command", command),
-            ("seeds", ", ".join(map(str, sweep.seeds))),
-            ("seconds of training, all runs", f"{seconds:,.0f}"),
-            ("threads a run", distinct(done, "threads")),
-            ("toolmem", distinct(done, "toolmem_version")),
-            ("commit", distinct(done, "git_commit")),
-        ],
-    )
-    return heads, cells
-
-
-def save_pictures(figure: Figure, folder: str | Path) -> None:
-    """Write ``report.png`` and ``report.svg``."""
-    for kind in ("png", "svg"):
-        with atomic_path(Path(folder) / f"report.{kind}") as temporary:
-            figure.savefig(temporary, format=kind, dpi=160, bbox_inches="tight")
-
-
-def distinct(rows: Sequence[Mapping[str, Any]], column: str) -> str:
-    """The different values of a column."""
-    found = dict.fromkeys(str(row[column]) for row in rows if row.get(column) is not None)
-    return ", ".join(found) or "unknown"

@@ -28,7 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "plot": (
         "toolmem.cli.plot",
-        "pictures: norms of a run's layers over steps, what a sweep searched for",
+        "a page of what a sweep or a run has to show, or one kind of figure",
     ),
     "facts": ("toolmem.cli.facts", "build a factbase, or show one"),
     "tool": ("toolmem.cli.tool", "try a tool by hand"),

@@ -316,9 +316,9 @@ def lesson(results: Sequence[dict[str, Any]]) -> str:
 
 def figure(results: Sequence[dict[str, Any]]) -> Figure:
     """Recall of each model on known and unseen people, with 95 % intervals."""
-    from matplotlib.figure import Figure
+    from toolmem.analysis.pictures import new_figure
 
-    drawing = Figure(figsize=(7.2, 3.4))
+    drawing = new_figure(3.2)
     axes = drawing.subplots()
     for offset, split, colour in ((-0.19, "known", "#2b6cb0"), (0.19, "unseen", "#dd6b20")):
         scores = [result["recall"][split] for result in results]
@@ -348,7 +348,7 @@ def figure(results: Sequence[dict[str, Any]]) -> Figure:
 
 def write(results: Sequence[dict[str, Any]], path: Path, seed: int, workers: int) -> None:
     """Write the report, and the same as JSON beside it."""
-    from toolmem.analysis.report import write_report
+    from toolmem.analysis.report import Panel, write_report
     from toolmem.training.folders import environment
 
     machine = environment()
@@ -362,8 +362,14 @@ def write(results: Sequence[dict[str, Any]], path: Path, seed: int, workers: int
         path,
         title="Store it, or learn to ask?",
         lead=f"Three models of {results[0]['parameters']:,} parameters. {lesson(results)}",
-        table=(HEADS, [cells(result) for result in results]),
-        figures=[("Recall of generated answers; bars are 95 % intervals.", figure(results))],
+        panels=[
+            Panel(
+                "demo",
+                "Recall of generated answers; bars are 95 % intervals.",
+                figure(results),
+                (HEADS, [cells(result) for result in results]),
+            )
+        ],
         dialogues=dialogues,
         circumstances=[
             ("command", f"toolmem demo --seed {seed}"),

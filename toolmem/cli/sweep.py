@@ -7,13 +7,15 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from toolmem.cli.functions import call
 from toolmem.console import stderr, stdout
 from toolmem.errors import ToolmemError
+from toolmem.sweeps.slurm_options import SlurmOptions
 
 if TYPE_CHECKING:
+    from toolmem.sweeps.executors import Executor
     from toolmem.sweeps.folder import SweepFolder
     from toolmem.sweeps.plans import Plan
     from toolmem.sweeps.recipe import SweepRecipe
@@ -27,6 +29,8 @@ def sweep(
     recipe: str,
     out: str,
     workers: int | None = None,
+    executor: Literal["local", "slurm"] = "local",
+    slurm: SlurmOptions = SlurmOptions(),  # noqa: B008
     dry_run: bool = False,
     retry_failed: bool = False,
 ) -> None:
@@ -38,7 +42,9 @@ def sweep(
     Args:
         recipe: the sweep's YAML.
         out: its folder: results.duckdb, report.html, and a folder of each run.
-        workers: runs that are trained at a time; by default, one a core.
+        workers: runs that are trained at a time on this machine; by default, one a core.
+        executor: local, in processes of this machine; or slurm, a job a run.
+        slurm: what each job asks for, before what the recipe says.
         dry_run: only print how many runs there are, their parameters, tokens, FLOPs and hours on this
             machine.
         retry_failed: train also those again that have failed.
@@ -46,35 +52,77 @@ def sweep(
     Raises:
         ToolmemError: for a recipe that cannot be, or a folder in which another sweep runs.
     """
+    from toolmem.analysis.page import load_kind
     from toolmem.cli.sweep_plan import check, show_plan
     from toolmem.cli.sweep_progress import train_all
     from toolmem.sweeps.folder import SweepFolder
     from toolmem.sweeps.plans import make_plan
     from toolmem.sweeps.recipe import SweepRecipe
     from toolmem.sweeps.runner import SweepRunner
+    from toolmem.sweeps.slurm import check_no_jobs
 
+    if executor == "local" and (given := slurm.given()):
+        raise ToolmemError(f"--slurm.{given[0]} is of --executor slurm: add that, or leave it out")
     read = SweepRecipe.read(recipe)
+    if read.report is not None and read.report.kind is not None:
+        load_kind(read.report.kind)
     plan = make_plan(read)
     folder = SweepFolder(Path(out))
     n_workers = cores() if workers is None else workers
-    runner = SweepRunner(read, plan, folder, WORKER, n_workers)
+    runner = SweepRunner(read, plan, folder)
+    trainer = executor_of("local" if dry_run else executor, slurm, read, folder, workers)
     if dry_run:
         runner.check_folder()
         check(read)
         show_plan(read, plan, folder, n_workers)
         return
     with folder.locked() as lock:
+        if executor == "local":
+            check_no_jobs(folder)
         if runner.take_stock(retry_failed):
             check(read)
-        keep_recipe(recipe, folder)
+        keep_recipe(recipe, read.name, folder)
         try:
-            train_all(runner, lock)
+            train_all(runner, trainer, lock)
         except KeyboardInterrupt:
             stderr().print(
                 f"{runner.state.to_go} runs are left: the same command goes on with them"
             )
             raise
+        finally:
+            if words := trainer.left():
+                stderr().print(words, highlight=False, soft_wrap=True)
         finish(read, plan, folder, recipe)
+
+
+def executor_of(
+    kind: str, slurm: SlurmOptions, read: SweepRecipe, folder: SweepFolder, workers: int | None
+) -> Executor:
+    """What trains the sweep's runs.
+
+    Args:
+        kind: ``local`` or ``slurm``.
+        slurm: options of the command.
+        read: the recipe.
+        folder: the sweep's.
+        workers: of ``local``; None for one a core.
+
+    Raises:
+        ToolmemError: for options of the other, or where there is no Slurm.
+    """
+    if kind == "local":
+        from toolmem.sweeps.local import LocalExecutor
+
+        return LocalExecutor(read, folder, WORKER, cores() if workers is None else workers)
+    from toolmem.cli.sweep_job import SweepJob
+    from toolmem.sweeps.slurm import SlurmExecutor
+
+    if workers is not None:
+        raise ToolmemError(
+            "--workers is of --executor local: leave it out; --slurm.array_parallelism says how many jobs "
+            "run at a time"
+        )
+    return SlurmExecutor(read, folder, slurm.over(read.slurm), SweepJob)
 
 
 def cores() -> int:
@@ -84,14 +132,14 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def keep_recipe(recipe: str, folder: SweepFolder) -> None:
-    """Leave the recipe beside its results, its base written out, so that it can be read from there."""
+def keep_recipe(recipe: str, name: str, folder: SweepFolder) -> None:
+    """Leave the recipe beside its results, name and base written out, so that it can be read from there."""
     import yaml
 
     from toolmem.files import write_text
     from toolmem.recipe_files import read_mapping
 
-    written = read_mapping(recipe)
+    written = {"name": name, **read_mapping(recipe)}
     if isinstance(written.get("base"), str):
         written["base"] = read_mapping(Path(recipe).parent / written["base"])
     text = yaml.safe_dump(written, sort_keys=False, allow_unicode=True, width=110)
@@ -100,9 +148,8 @@ def keep_recipe(recipe: str, folder: SweepFolder) -> None:
 
 def finish(read: SweepRecipe, plan: Plan, folder: SweepFolder, recipe: str) -> None:
     """Print the results, and draw the plot."""
-    from toolmem.analysis.sweep_plot import write_sweep_report
-    from toolmem.sweeps.recipe import HALVED
-    from toolmem.sweeps.search import SearchPlan
+    from toolmem.analysis.page import Request, panels_of, write_page
+    from toolmem.analysis.sources import SweepSource
 
     by_name = {row["name"]: row for row in folder.results.rows()}
     rows = plan.mine(by_name)
@@ -116,50 +163,48 @@ def finish(read: SweepRecipe, plan: Plan, folder: SweepFolder, recipe: str) -> N
         )
     if len(failed) == len(rows):
         raise ToolmemError(f"every run failed, the first so: {failed[0]['error']}")
-    command = f"toolmem sweep {shlex.quote(recipe)} --out {shlex.quote(str(folder.path))}"
-    if isinstance(plan, SearchPlan):
-        finish_search(read, plan.answers(by_name), rows, folder, command)
-        return
-    if read.halving is not None:
-        rows = [row for row in rows if row["stopped"] != HALVED]
     if read.report is None:
-        heads = [*(axis.name for axis in read.varying), "seed", "status", *read.metrics, "seconds"]
-        show_table(read.name, heads, [[cell(row.get(head)) for head in heads] for row in rows])
-        stdout().print(f"{folder.results.path} has every run", highlight=False, soft_wrap=True)
-        return
-    heads, cells = write_sweep_report(folder.path, read, rows, command)
-    show_table(read.report.title or read.name, heads, cells)
-    stdout().print(
-        f"{folder.path / 'report.html'} has the plot, {folder.results.path} every run",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
-
-
-def finish_search(
-    read: SweepRecipe,
-    searches: Sequence[Mapping[str, Any]],
-    rows: Sequence[Mapping[str, Any]],
-    folder: SweepFolder,
-    command: str,
-) -> None:
-    """Print what the searches found, and draw the plot."""
-    from toolmem.analysis.search_plot import write_csv, write_search_report
-
-    if read.report is None:
-        columns = ("seed", "reach", "status", "member", "params_total", "value", "runs_trained")
-        heads = [*(axis.name for axis in read.axes), *columns]
-        show_table(read.name, heads, [[cell(row.get(head)) for head in heads] for row in searches])
+        show_results(read, plan, by_name, rows)
     else:
-        heads, cells = write_search_report(folder.path, read, searches, rows, command)
-        write_csv(folder.path / "searches.csv", searches)
-        show_table(read.report.title or read.name, heads, cells)
-        stdout().print(
-            f"{folder.path / 'report.html'} has the plot", highlight=False, soft_wrap=True
-        )
-    stdout().print(
-        f"{folder.results.path} has every run in the table runs, every answer in searches",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        command = f"toolmem sweep {shlex.quote(recipe)} --out {shlex.quote(str(folder.path))}"
+        source = SweepSource.open(folder.path, command)
+        panels = panels_of(source, Request(), read.report.kind)
+        page, *_ = write_page(source, panels, folder.path / "report.html", ("png", "svg"))
+        for panel in panels:
+            if panel.table is not None:
+                show_table(read.report.title or read.name, *panel.table)
+        stdout().print(f"{page} has the plot", highlight=False, soft_wrap=True)
+    also = "" if read.search is None else " in the table runs, every answer in searches"
+    stdout().print(f"{folder.results.path} has every run{also}", highlight=False, soft_wrap=True)
+
+
+def show_results(
+    read: SweepRecipe,
+    plan: Plan,
+    by_name: Mapping[str, dict[str, Any]],
+    rows: Sequence[Mapping[str, Any]],
+) -> None:
+    """Print the results of a sweep that says nothing of a plot."""
+    from toolmem.sweeps.recipe import HALVED
+    from toolmem.sweeps.search import SearchPlan
+
+    axes = [axis.name for axis in read.axes]
+    if isinstance(plan, SearchPlan):
+        rows = plan.answers(by_name)
+        heads = [
+            *axes,
+            "seed",
+            "reach",
+            "status",
+            "member",
+            "params_total",
+            "value",
+            "runs_trained",
+        ]
+    else:
+        rows = [row for row in rows if row["stopped"] != HALVED]
+        heads = [*axes, "seed", "status", *read.metrics, "seconds"]
+    show_table(read.name, heads, [[cell(row.get(head)) for head in heads] for row in rows])
 
 
 def cell(value: Any) -> str:
@@ -169,7 +214,7 @@ def cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def show_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def show_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Print a table."""
     from rich.table import Table
 
@@ -177,7 +222,7 @@ def show_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) 
     for head in heads:
         table.add_column(head, justify="right" if head not in ("status",) else "left")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(str, row))
     stdout().print(table)
 
 

@@ -6,7 +6,8 @@ DIR/
   runs/NAME/         each run's own folder, as of ``toolmem fit``, with
     log.txt          what it printed
     result.json      its row, once it is done or has failed
-  report.html, report.png, report.svg
+  slurm/             with --executor slurm, what was submitted (jobs.json), and what jobs printed
+  report.html, and of each figure NAME.csv, NAME.png, NAME.svg
   .lock              held by the sweep that runs here, and by its workers
 """
 
@@ -16,6 +17,7 @@ import fcntl
 import json
 import os
 import shutil
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,7 +100,7 @@ class SweepFolder:
         try:
             self._take(lock)
             os.ftruncate(lock, 0)
-            os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+            os.pwrite(lock, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
             yield lock
         finally:
             os.close(lock)
@@ -110,13 +112,20 @@ class SweepFolder:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
             except BlockingIOError as error:
-                owner = os.pread(lock, 20, 0).decode(errors="replace").strip()
-                if time.monotonic() > began + (DYING if _alive(owner) else ORPHANS):
+                told = os.pread(lock, 300, 0).decode(errors="replace").partition(" ")
+                owner, host = told[0].strip(), told[2].strip()
+                here = host in ("", socket.gethostname())
+                if time.monotonic() > began + (ORPHANS if here and not _alive(owner) else DYING):
                     raise ToolmemError(
-                        f"another sweep (process {owner or 'unknown'}) is running in {self.path}: wait "
-                        "for it, or name another --out"
+                        f"another sweep (process {owner or 'unknown'}{'' if here else ' on ' + host}) is "
+                        f"running in {self.path}: wait for it, or name another --out"
                     ) from error
                 time.sleep(0.1)
+            except OSError as error:
+                raise ToolmemError(
+                    f"cannot lock {self.path / '.lock'} ({error.strerror}): two sweeps at once would not be "
+                    "noticed; choose a file system with locks (flock)"
+                ) from error
 
 
 def _alive(pid: str) -> bool:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import toolmem
 from toolmem.errors import ToolmemError
 from toolmem.files import write_json
+from toolmem.recipe_files import get_key
+from toolmem.training.folders import processor_name
 from toolmem.training.loggers import read_rows
 
 if TYPE_CHECKING:
@@ -52,6 +54,21 @@ class RunClock:
         return self.before + time.time() - self.started
 
 
+def seconds_spent(folder: str | Path) -> float:
+    """Seconds that processes of a run have taken which all have died, up to the last that it logged.
+
+    Args:
+        folder: the run's.
+    """
+    path = Path(folder)
+    try:
+        clock = json.loads((path / "clock.json").read_text(encoding="utf-8"))
+        last = max((path / name).stat().st_mtime for name in ("clock.json", "metrics.csv"))
+    except FileNotFoundError:
+        return 0.0
+    return clock["seconds_before"] + max(0.0, last - clock["started"])
+
+
 def result_row(
     job: Mapping[str, Any],
     *,
@@ -83,6 +100,7 @@ def result_row(
         **dict.fromkeys(job["metrics"]),
         "seconds": round(seconds, 3),
         "threads": threads,
+        "processor": hardware(job["recipe"]),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "toolmem_version": toolmem.__version__,
         "git_commit": git_commit(),
@@ -92,6 +110,8 @@ def result_row(
         counts = model.parameter_counts()
         row["params_total"] = sum(counts.values())
         row["params_non_embedding"] = row["params_total"] - sum(counts.get(g, 0) for g in OUTSIDE)
+        tied = model.embedding.weight.numel() if model.tie_embeddings else 0
+        row["params_untied"] = row["params_total"] + tied
     logged = Logged(Path(job["runs"]) / job["name"] / "metrics.csv")
     row["steps"] = logged.steps
     for column, name in (("tokens", "train/tokens"), ("flops", "flops/total")):
@@ -112,6 +132,27 @@ def result_row(
     if error is not None:
         row["status"], row["error"] = "failed", error
     return row
+
+
+def write_failure(job: Mapping[str, Any], **values: Any) -> None:
+    """Write the ``result.json`` of a run whose process can no more.
+
+    Args:
+        job: what it was told.
+        values: of ``result_row``, an ``error`` among them.
+    """
+    write_json(Path(job["runs"]) / job["name"] / "result.json", result_row(job, **values))
+
+
+def hardware(recipe: Mapping[str, Any]) -> str:
+    """The processor that a run is trained on, and the accelerators where its recipe lets it use them."""
+    import torch
+
+    name = processor_name()
+    if get_key(recipe, "trainer.accelerator", "auto") == "cpu" or not torch.cuda.is_available():
+        return name
+    kinds = dict.fromkeys(map(torch.cuda.get_device_name, range(torch.cuda.device_count())))
+    return " and ".join([name, *kinds])
 
 
 class Logged:

@@ -1,5 +1,6 @@
 """What a sweep's YAML says, checked as it is read.
 
+name: first                              how files are called; by default, as the recipe's file
 base: ../facts_in_weight.yaml            a recipe's path, from this file's folder; or the recipe itself
 axes:                                    every combination is a run
 width: {key: model.model.dim, values: [16, 32]}         values of one key
@@ -14,10 +15,12 @@ seeds: 3                                 how many, or a list of them
 metrics: [val/loss]                      what is kept of metrics.csv: the last value, or
 {val/loss: min} for the smallest (max, last)
 report: {x: width, line: architecture, metric: val/loss, mode: min, best_over: [lr]}
+slurm: {timeout_min: 240, mem_gb: 8}     what each job asks for, with --executor slurm
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -35,13 +38,14 @@ from toolmem.sweeps.checks import (
     one_of,
     strings,
 )
+from toolmem.sweeps.report_recipe import MODES, PARAMETERS, ReportRecipe, parse_report
+from toolmem.sweeps.slurm_options import SlurmOptions
 
 KEYS = (
-    "base", "axes", "list", "random", "search", "halving", "seeds", "seed_keys", "metrics", "report",
-    "keep_checkpoints",
+    "name", "base", "axes", "list", "random", "search", "halving", "seeds", "seed_keys", "metrics", "report",
+    "keep_checkpoints", "slurm",
 )  # fmt: skip
 REDUCTIONS = ("last", "min", "max")
-MODES = ("min", "max")
 SEED_KEYS = ("seed_everything", "data.seed")
 MEMBER = "member"  # the column of a search's family
 # What every row of results has; an axis or metric cannot be called so.
@@ -63,33 +67,15 @@ COLUMNS = {
     "toolmem_version": "VARCHAR",
     "git_commit": "VARCHAR",
 }
-# What rows may have beside: why a run ended before its last step, and by what halving judged it at rungs.
-MORE_COLUMNS = {"stopped": "VARCHAR", "judged": "JSON"}
+# What rows may have beside, those of older versions not: why a run ended before its last step, by what
+# halving judged it at rungs, its parameters were no table tied, and what trained it.
+MORE_COLUMNS = {
+    "stopped": "VARCHAR",
+    "judged": "JSON",
+    "params_untied": "BIGINT",
+    "processor": "VARCHAR",
+}
 HALVED = "halving"  # the run was left, or waits, at a rung
-PARAMETERS = ("params_total", "params_non_embedding")
-
-
-@dataclass(frozen=True)
-class ReportRecipe:
-    """What the sweep's plot shows.
-
-    Args:
-        metric: what is drawn upwards.
-        x: the axis that is drawn along.
-        line: the axis of which each value is a line; None draws one.
-        mode: is a larger (``max``) or a smaller metric better?
-        best_over: axes of which each point shows the best value alone.
-        title: of the page.
-        log_x: draw ``x`` on a log scale; decided by its values when None.
-    """
-
-    metric: str
-    x: str
-    line: str | None = None
-    mode: str = "max"
-    best_over: tuple[str, ...] = ()
-    title: str | None = None
-    log_x: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -144,6 +130,7 @@ class SweepRecipe:
         keep_checkpoints: keep those of runs that are done; they may fill a disk.
         search: what is searched for each combination; None when each is one run.
         halving: which runs are ended early, judged against others; None for none.
+        slurm: what its jobs ask for where Slurm trains it.
     """
 
     name: str
@@ -157,6 +144,7 @@ class SweepRecipe:
     keep_checkpoints: bool = False
     search: SearchRecipe | None = None
     halving: HalvingRecipe | None = None
+    slurm: SlurmOptions = field(default_factory=SlurmOptions)
 
     @property
     def varying(self) -> tuple[Axis, ...]:
@@ -182,7 +170,7 @@ class SweepRecipe:
 
         Args:
             written: the YAML's content.
-            name: of the sweep.
+            name: of the sweep, where it does not say its own.
             folder: where a ``base`` that is a path starts from.
 
         Raises:
@@ -194,6 +182,11 @@ class SweepRecipe:
         axes: tuple[Axis, ...] = ()
         if not searching or "axes" in written:
             axes = parse_axes(written.get("axes"))
+        called = written.get("name", re.sub(r"[^\w.-]+", "-", name))
+        if not isinstance(called, str) or not re.fullmatch(r"[\w.-]+", called):
+            raise ToolmemError(
+                f"name is {called!r}: files are called by it, so give a word of letters, digits, . _ -"
+            )
         axes, combinations = combine(axes, written.get("list"), written.get("random"))
         metrics = _metrics(written.get("metrics", ["val/loss"]))
         _check_names(axes, metrics, searching)
@@ -204,9 +197,11 @@ class SweepRecipe:
         report = written.get("report")
         names = [axis.name for axis in axes]
         if report is not None:
-            report = _report(report, names, PARAMETERS if searching else tuple(metrics), searching)
+            report = parse_report(
+                report, names, PARAMETERS if searching else tuple(metrics), searching
+            )
         return cls(
-            name,
+            called,
             base,
             axes,
             combinations,
@@ -217,6 +212,7 @@ class SweepRecipe:
             boolean(written.get("keep_checkpoints", False), "keep_checkpoints"),
             search,
             halving,
+            SlurmOptions.parse(written.get("slurm")),
         )
 
 
@@ -302,34 +298,3 @@ def _halving(
         )
     mode = one_of(written.get("mode", "min"), "halving.mode", MODES)
     return HalvingRecipe(axis, metric, tuple(rungs), float(keep), mode)
-
-
-def _report(
-    written: Any, axes: Sequence[str], metrics: Sequence[str], searching: bool
-) -> ReportRecipe:
-    check_keys("report", written, tuple(ReportRecipe.__dataclass_fields__))
-    metric, x, line = (written.get(key) for key in ("metric", "x", "line"))
-    if searching:
-        metric = metric or metrics[0]
-    if metric not in metrics:
-        raise ToolmemError(
-            f"report.metric is {metric!r}: choose from "
-            + (", ".join(metrics) if searching else f"metrics ({', '.join(metrics)})")
-        )
-    best_over = strings(written.get("best_over", []), "report.best_over")
-    for key, name in (("x", x), ("line", line), *(("best_over", name) for name in best_over)):
-        if name not in axes and not (key == "line" and name is None):
-            raise ToolmemError(f"report.{key} is {name!r}: choose from axes ({', '.join(axes)})")
-    drawn = [name for name in (x, line, *best_over) if name is not None]
-    if len(set(drawn)) < len(drawn):
-        raise ToolmemError("report: x, line and best_over must name different axes")
-    if rest := [name for name in axes if name not in drawn]:
-        raise ToolmemError(
-            f"report: the axis {rest[0]} is neither x nor line nor in best_over: points of its values "
-            "would fall together"
-        )
-    mode = one_of(written.get("mode", "min" if searching else "max"), "report.mode", MODES)
-    log_x = written.get("log_x")
-    if log_x is not None:
-        boolean(log_x, "report.log_x")
-    return ReportRecipe(metric, x, line, mode, best_over, written.get("title"), log_x)

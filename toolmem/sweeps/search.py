@@ -18,6 +18,7 @@ from toolmem.sweeps.bisection import Step, next_step, trial_run
 from toolmem.sweeps.grid import Planned, fingerprint, make_run, run_name
 from toolmem.sweeps.plans import Job, Row
 from toolmem.sweeps.recipe import HALVED, MEMBER, SearchRecipe, SweepRecipe
+from toolmem.sweeps.report_recipe import PARAMETERS
 
 FURTHER = 1000  # what is added to a seed for each further one that decides a contradiction
 
@@ -127,7 +128,7 @@ class SearchPlan:
                 for member, number in found.step.wanted
             ]
             now += [Job(run) for run in runs if run.name not in rows]
-            ahead += [Job(run) for run in self._ahead(rows, found)]
+            ahead += [Job(run, ahead=True) for run in self._ahead(rows, found)]
         names = {job.run.name for job in now}
         return now + [job for job in ahead if job.run.name not in names]
 
@@ -233,7 +234,7 @@ class SearchPlan:
             tried = self.tries(rows, found.settings, found.seed)[step.answer]
             passed = next(row for row in tried if self._passes(row, found.reach))
         status = "open" if not step.over else "none" if step.answer is None else "found"
-        columns = ("params_total", "params_non_embedding", "steps", "tokens", "flops", "seconds")
+        columns = (*PARAMETERS, "steps", "tokens", "flops", "seconds")
         return {
             "name": name,
             "status": status,

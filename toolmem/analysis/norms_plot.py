@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from toolmem.analysis.pictures import picture_file, save
+from toolmem.analysis.report import Panel
+from toolmem.analysis.sources import RunSource, Source
 from toolmem.errors import ToolmemError
 from toolmem.training.callbacks.norm_files import NormFile
 from toolmem.training.callbacks.norm_measures import ALL
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
+
+    from toolmem.analysis.page import Request
 
 TITLES = {
     "weight": "weight norm",
@@ -33,6 +37,37 @@ MISSING = "#d9d9d9"
 LINEAR = ("attention_entropy",)
 SHARES = {"dead_units": 0.05}  # from 0 to their largest, or to this
 DECADES = 4  # that a logarithmic panel shows, at most
+
+
+def applies(source: Source) -> bool:
+    """To runs that measured norms."""
+    return isinstance(source, RunSource) and NormFile(source.path).read() is not None
+
+
+def panels(source: Source, request: Request) -> list[Panel]:
+    """A figure of all the norms of a run.
+
+    Raises:
+        ToolmemError: for a run without norms.
+    """
+    if not isinstance(source, RunSource):
+        raise ToolmemError(f"{source.path} is no run's folder: norms are drawn of a run")
+    found = panels_of(source.path)
+    rows = [
+        [step, layer, measure, value]
+        for measure, panel in found.items()
+        for layer, values in panel.items()
+        for step, value in values.items()
+    ]
+    return [
+        Panel(
+            f"{source.name}_norms",
+            "Norms by layer over steps, first layer at the top.",
+            _figure(found, source.name, columns=1),
+            records=(["step", "layer", "measure", "value"], rows),
+            made=source.made(),
+        )
+    ]
 
 
 def draw(run: str | Path, out: str | Path | None = None, measure: str | None = None) -> Path:
@@ -59,10 +94,10 @@ def draw(run: str | Path, out: str | Path | None = None, measure: str | None = N
     return save(_figure(panels, folder.resolve().name), target)
 
 
-Panel = dict[str, dict[int, float]]
+Grid = dict[str, dict[int, float]]
 
 
-def panels_of(folder: Path) -> dict[str, Panel]:
+def panels_of(folder: Path) -> dict[str, Grid]:
     """Each measure's values by layer and step, layers as they are to be shown, top to bottom.
 
     Raises:
@@ -75,7 +110,7 @@ def panels_of(folder: Path) -> dict[str, Panel]:
         raise ToolmemError(
             f"run: {folder} has no norms: train with --norms.every_n_steps 100 to measure them"
         )
-    found: dict[str, Panel] = {}
+    found: dict[str, Grid] = {}
     columns = (table[name].to_pylist() for name in ("step", "layer", "measure", "value"))
     for step, layer, measure, value in zip(*columns, strict=True):
         if layer != ALL:
@@ -85,7 +120,7 @@ def panels_of(folder: Path) -> dict[str, Panel]:
     return {name: {layer: found[name][layer] for layer in ordered(found[name])} for name in known}
 
 
-def ordered(layers: Panel) -> list[str]:
+def ordered(layers: Grid) -> list[str]:
     """Layers as they are to be shown: parts of blocks of one name together, first block to last.
 
     What stands before the blocks and after them stays there.
@@ -110,10 +145,10 @@ def split(layer: str) -> tuple[str, int | None]:
     return ".".join(words[:number] + words[number + 1 :]), int(words[number])
 
 
-def _figure(panels: dict[str, Panel], name: str) -> Figure:
+def _figure(panels: dict[str, Grid], name: str, columns: int = 2) -> Figure:
     from matplotlib.figure import Figure
 
-    columns = min(2, len(panels))
+    columns = min(columns, len(panels))
     rows = math.ceil(len(panels) / columns)
     grid = [list(panels)[i : i + columns] for i in range(0, len(panels), columns)]
     tallest = [max(len(panels[measure]) for measure in line) for line in grid]
@@ -128,7 +163,7 @@ def _figure(panels: dict[str, Panel], name: str) -> Figure:
     return figure
 
 
-def _draw_panel(figure: Figure, axes: Axes, measure: str, panel: Panel) -> None:
+def _draw_panel(figure: Figure, axes: Axes, measure: str, panel: Grid) -> None:
     import numpy as np
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import LogFormatter

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 
 import pytest
+from plot_toys import source_of
 from sweep_toys import sweep_with
 
-from toolmem.analysis.search_plot import (
+from toolmem.analysis.page import Request
+from toolmem.analysis.searches_plot import (
     draw,
     lead_of,
-    read_published,
+    panels,
+    published_of,
     smallest,
     table_of,
-    write_csv,
-    write_search_report,
 )
 from toolmem.errors import ToolmemError
 from toolmem.sweeps import SweepRecipe
@@ -84,33 +86,30 @@ def published(folder, text=None):
 
 
 def test_published_means_of_the_same_labels_and_values(tmp_path):
-    found = read_published(published(tmp_path), sweep())
-    assert [(p.line, p.x, p.reach, p.mean) for p in found] == [("in_weight", 16, 0.95, 6248)]
-    with pytest.raises(ToolmemError, match="it has no column setting"):
-        read_published(published(tmp_path, "people,recall_threshold\n16,0.95\n"), sweep())
+    found = published_of(published(tmp_path), sweep())
+    assert [(p.line, p.x, p.reach, p.value) for p in found] == [("in_weight", 16, 0.95, 6248)]
+    with pytest.raises(ToolmemError, match="it has no column mean_min_params"):
+        published_of(published(tmp_path, "people,recall_threshold\n16,0.95\n"), sweep())
     with pytest.raises(ToolmemError, match=r"missing.csv: No such file"):
-        read_published(tmp_path / "missing.csv", sweep())
+        published_of(tmp_path / "missing.csv", sweep())
 
 
 def test_what_is_drawn(tmp_path):
     points = smallest(searches(), sweep())
-    figure = draw(points, read_published(published(tmp_path), sweep()), sweep())
+    figure = draw(points, published_of(published(tmp_path), sweep()), sweep())
     [axes] = figure.axes
-    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == [
-        "in_weight recall/exact_match ≥ 0.95 published",
-        "in_weight recall/exact_match ≥ 0.5",
-        "in_weight recall/exact_match ≥ 0.95",
-        "in_tool recall/exact_match ≥ 0.95",
-    ]
+        "in_weight ≥ 0.95 published", "in_weight ≥ 0.5", "in_weight ≥ 0.95", "in_tool ≥ 0.95",
+    ]  # fmt: skip
     drawn = [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines]
     assert ([16, 32], [600, 1200]) in drawn
     assert ([16], [6248]) in drawn
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
 
 
-def test_the_table_and_the_files(tmp_path):
-    theirs = read_published(published(tmp_path), sweep())
+def test_the_table(tmp_path):
+    theirs = published_of(published(tmp_path), sweep())
     heads, cells = table_of(smallest(searches(), sweep()), theirs, sweep())
     rows = {tuple(line[:3]): dict(zip(heads, line, strict=True)) for line in cells}
     first = rows["in_weight", "16", "0.95"]
@@ -119,32 +118,45 @@ def test_the_table_and_the_files(tmp_path):
     assert rows["in_weight", "32", "0.95"]["seeds"] == "1 of 2"
     assert rows["in_tool", "16", "0.95"]["published"] == ""
 
-    out = tmp_path / "out"
-    out.mkdir()
-    runs = [{"status": "failed", "seconds": None}, {"status": "done", "seconds": 5.0, "threads": 1}]
-    write_search_report(out, sweep(), searches(), runs, "toolmem sweep x.yaml --out y")
-    assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
-    page = (out / "report.html").read_text()
-    assert "5 searches of 7, by 2 runs. In 1 no model" in page
-    assert "1 runs failed" in page
-    assert "toolmem sweep x.yaml --out y" in page
+
+def test_what_the_text_says():
+    text = lead_of(searches())
+    assert text.startswith("5 searches of 7 found a model. In 1 no model of the family")
+    odd = [search("in_tool", 16, 0.95, 0, 400, monotone=False, runs_failed=2)]
+    assert "In 1 a larger model failed" in lead_of(odd)
+    assert "2 runs that failed count as not reaching it" in lead_of(odd)
 
 
-def test_a_search_out_of_order_is_told():
-    odd = [search("in_tool", 16, 0.95, 0, 400, monotone=False)]
-    assert "In 1 a larger model failed" in lead_of(odd, [])
+def rows_of(panel):
+    return list(csv.DictReader(io.StringIO(panel.csv())))
 
 
-def test_the_csv_has_a_row_for_each_search_that_is_over(tmp_path):
-    write_csv(tmp_path / "a.csv", searches())
-    with open(tmp_path / "a.csv", newline="") as stream:
-        rows = list(csv.DictReader(stream))
+def test_the_csv_has_a_row_for_each_search_that_is_over():
+    [panel] = panels(source_of(sweep(), [], searches()), Request())
+    assert panel.name == "toy"
+    rows = rows_of(panel)
     assert len(rows) == 6
-    assert list(rows[0])[:8] == [
+    assert list(rows[0])[:10] == [
         "setting", "people", "facts", "recall_threshold", "seed", "params_total",
-        "params_non_embedding", "tokens_trained",
+        "params_non_embedding", "tokens_trained", "seconds", "params_untied",
     ]  # fmt: skip
     first = rows[0]
     assert (first["people"], first["facts"], first["params_total"]) == ("16", "64", "400")
     assert (first["tokens_trained"], first["seconds"]) == ("1000", "2.0")
     assert rows[3]["params_total"] == ""
+
+
+def test_rows_of_older_versions_have_no_untied_total():
+    old = search("in_weight", 16, 0.95, 0, 400)
+    new = search("in_weight", 16, 0.95, 1, 400, params_untied=450)
+    untied = sweep(metric="params_untied")
+    [panel] = panels(source_of(untied, [], [old, new]), Request())
+    assert [row["params_untied"] for row in rows_of(panel)] == ["", "450"]
+    [point] = smallest([old, new], untied)
+    assert (point.sizes, point.n) == ((450,), 2)
+
+
+def test_a_sweep_without_a_search_is_refused():
+    written = sweep_with()
+    with pytest.raises(ToolmemError, match="has no search"):
+        panels(source_of(SweepRecipe.parse(written, "toy"), []), Request())
