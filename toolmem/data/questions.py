@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -34,10 +34,12 @@ class Turn:
     Args:
         role: ``user``, ``assistant`` or ``database``.
         text: what is said, without role tokens.
+        fields: (start, stop, key) of each place of ``text`` that a field fills; none where it is not known.
     """
 
     role: str
     text: str
+    fields: tuple[tuple[int, int, str], ...] = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ class Block:
         self._cast = cast
         self.rows = cast.rows[""]
         self.columns: dict[str, Column] = {}
+        self._rendered: set[str] = set()  # keys of turns that are more than fields
         self.turns = tuple(self._turn(number, language) for number in range(len(template.turns)))
         self._answer = self._find_answer()
         self.attribute = self._answer.rpartition(".")[2] if template.permuted else template.name
@@ -117,6 +120,7 @@ class Block:
         turn = turn_segments(self.template, source, language)
         if turn is None:
             key = f"{self.template.path}/{self.template.name}/{self.template.variant}/{number}"
+            self._rendered.add(key)
             texts = [self._render(q, number) for q in range(len(self))]
             self.columns[key] = Column(key, texts, np.arange(len(texts)))
             return TurnSegments(source.role, (Field(key),))
@@ -177,14 +181,41 @@ class Block:
                 parts.append(segment)
         return "".join(parts)
 
+    def fields(self, q: int, turn: int) -> tuple[tuple[int, int, str], ...]:
+        """(start, stop, key) of each field of one turn's text for question ``q``.
+
+        In a turn that Jinja renders whole, the name and the answer are looked for by what they say.
+        """
+        found: list[tuple[int, int, str]] = []
+        at = 0
+        for segment in self.turns[turn].segments:
+            if isinstance(segment, str):
+                at += len(segment)
+                continue
+            column = self.columns[segment.key]
+            said = column.values[column.index[q]]
+            if segment.key in self._rendered:
+                found += self._looked_for(q, said)
+            else:
+                found.append((at, at + len(said), segment.key))
+            at += len(said)
+        return tuple(found)
+
+    def _looked_for(self, q: int, said: str) -> list[tuple[int, int, str]]:
+        column = self.columns[self._answer]
+        texts = {"name": self._facts.population.names[self.rows[q]]}
+        texts[self._answer] = column.values[column.index[q]].removesuffix(".")
+        places = [(said.rfind(text), text, key) for key, text in texts.items() if text]
+        return sorted((at, at + len(text), key) for at, text, key in places if at >= 0)
+
     def _render(self, q: int, turn: int) -> str:
         context = self._facts.context(self.template, self._cast, q)
         return render_turn(self.template, self.template.turns[turn], {**context, **self._helpers})
 
-    def _dialogue(self, q: int, texts: Iterable[str]) -> Dialogue:
+    def _dialogue(self, q: int, turns: Iterable[Turn]) -> Dialogue:
         column = self.columns[self._answer]
         return Dialogue(
-            tuple(Turn(turn.role, text) for turn, text in zip(self.turns, texts, strict=True)),
+            tuple(turns),
             answer=column.values[column.index[q]],
             attribute=self.attribute,
             person=self._facts.population.names[self.rows[q]],
@@ -192,11 +223,19 @@ class Block:
 
     def dialogue(self, q: int) -> Dialogue:
         """Question ``q`` of this block, rendered by Jinja."""
-        return self._dialogue(q, [self._render(q, turn) for turn in range(len(self.turns))])
+        return self._dialogue(
+            q, [Turn(turn.role, self._render(q, n)) for n, turn in enumerate(self.turns)]
+        )
 
     def assembled(self, q: int) -> Dialogue:
-        """Question ``q`` of this block, put together from segments."""
-        return self._dialogue(q, [self.text(q, turn) for turn in range(len(self.turns))])
+        """Question ``q`` of this block, put together from segments, which tell where its fields are."""
+        return self._dialogue(
+            q,
+            [
+                Turn(turn.role, self.text(q, n), self.fields(q, n))
+                for n, turn in enumerate(self.turns)
+            ],
+        )
 
 
 class QuestionTable:

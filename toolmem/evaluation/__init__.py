@@ -14,5 +14,9 @@ __getattr__, __dir__, __all__ = attach(
         "is_recalled": "toolmem.evaluation.recall",
         "measure_knowledge": "toolmem.evaluation.knowledge",
         "measure_recall": "toolmem.evaluation.recall",
+        "KindLoss": "toolmem.evaluation.token_losses",
+        "TokenLossTest": "toolmem.evaluation.token_losses",
+        "measure_token_losses": "toolmem.evaluation.token_losses",
+        "token_kinds": "toolmem.evaluation.token_losses",
     },
 )

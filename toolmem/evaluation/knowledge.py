@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from toolmem.data.information import information_bits
 from toolmem.data.questions import Dialogue, QuestionTable
 from toolmem.data.text.dialog_tokens import DialogTokenGenerator
 from toolmem.data.text.token_table import TokenTable
 from toolmem.errors import ToolmemError
+from toolmem.evaluation.forcing import forced
 
 if TYPE_CHECKING:
     from toolmem.data.tokenizers import Tokenizer
@@ -172,7 +172,6 @@ class KnowledgeTest:
                 f"n_questions is {n_questions}: ask so many that each attribute comes up twice"
             )
 
-    @torch.no_grad()
     def token_losses(self, model: LanguageModel) -> tuple[np.ndarray, np.ndarray]:
         """What each question's answer costs.
 
@@ -182,7 +181,6 @@ class KnowledgeTest:
         Returns:
             (questions,) float64 bits, and (questions,) bool, whether every token is the likeliest.
         """
-        device = model.embedding.weight.device
         generator = self._generators[model.attention_mask == "prefix"]
         bits = torch.zeros(len(self._starts), dtype=torch.float64)
         right = torch.ones(len(self._starts), dtype=torch.bool)
@@ -192,17 +190,10 @@ class KnowledgeTest:
             columns = torch.arange(batch.tokens.shape[1])
             # the target of column j is token j + 1
             batch.loss_mask &= columns >= self._starts[rows, None] - 1
-            batch = batch.to(device)
-            states = model.hidden(batch.tokens, documents=batch.documents, spans=batch.spans)
-            places = batch.positions()
-            logits = model.logits(states.flatten(0, 1).index_select(0, places))
-            if logits.dtype in (torch.float16, torch.bfloat16):
-                logits = logits.float()
-            targets = batch.targets.flatten().index_select(0, places)
-            losses = F.cross_entropy(logits, targets, reduction="none").double().cpu()
-            question = rows.repeat_interleave(batch.loss_mask.sum(1).cpu())
+            losses, hits = forced(model, batch)
+            question = rows.repeat_interleave(batch.loss_mask.sum(1))
             bits.index_add_(0, question, losses / math.log(2))
-            right[question[(logits.argmax(-1) != targets).cpu()]] = False
+            right[question[~hits]] = False
         return bits.numpy(), right.numpy()
 
     def measure(self, model: LanguageModel) -> Knowledge:

@@ -30,6 +30,7 @@ __getattr__, __dir__, __all__ = attach(
         "Progress": "toolmem.training.callbacks",
         "RecallProbe": "toolmem.training.callbacks",
         "Throughput": "toolmem.training.callbacks",
+        "TokenLossProbe": "toolmem.training.callbacks",
     },
 )
 __all__ += ["TRAINER_DEFAULTS"]

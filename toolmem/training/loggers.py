@@ -99,7 +99,7 @@ class CSVLogger(Logger):
     @rank_zero_only
     def rewind(self, step: int) -> None:
         """Drop the rows after ``step``, which a resumed run logs again; at step 0 all of them."""
-        rows = [row for row in read_rows(self.path) if 0 < int(row[STEP]) <= step]
+        rows = [row for row in read_rows(self.path) if step and int(row[STEP]) <= step]
         if self.path.exists():
             self._columns = list(dict.fromkeys([STEP, *(name for row in rows for name in row)]))
             self._rewrite(rows)

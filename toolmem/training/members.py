@@ -210,13 +210,15 @@ class MemberRecall:
 
     def __init__(self, probe: RecallProbe, trainer: MemberTrainer, module: MemberModule) -> None:
         self.probe = copy.copy(probe)
+        self.probe.rounds = copy.copy(probe.rounds)
         self.probe.load_state_dict(RecallProbe().state_dict())
         self.trainer: Any = trainer
         self.module = module
 
     def start(self) -> None:
-        """Draw the questions and open the tools."""
+        """Draw the questions and open the tools; ask before the first step, if it is wanted."""
         self.probe.on_train_start(self.trainer, self.module)
+        self.probe.on_train_batch_start(self.trainer, self.module, None, 0)
 
     def ask(self) -> bool:
         """Ask, if it is time; is the member to end?"""

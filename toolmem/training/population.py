@@ -242,8 +242,11 @@ class PopulationModule(LanguageModelModule):
                 self._probes[-1].probe.show = probe.show and number == 0
         for asking, state in zip(self._probes, self._probe_states, strict=False):
             asking.probe.load_state_dict(state)
+        self._found = []
         for number in self.active if self._probes else []:
+            self.stack.give(number, self._frame)
             self._probes[number].start()
+        self._report_found()
 
     def _ask(self) -> None:
         """Ask the members that are due; those whose probe would end their run are done."""
@@ -252,6 +255,9 @@ class PopulationModule(LanguageModelModule):
             self.stack.give(number, self._frame)
             if self._probes[number].ask():
                 self.finish(number)
+        self._report_found()
+
+    def _report_found(self) -> None:
         if self._found:  # the mean over the members that were asked
             names = set.intersection(*map(set, self._found))
             means = {

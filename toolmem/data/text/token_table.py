@@ -41,7 +41,7 @@ def encode_dialogue(dialogue: Dialogue, tokenizer: Tokenizer) -> tuple[np.ndarra
     roles: list[int] = []
     before = "user"
     for turn in dialogue.turns:
-        marks = _marks(before, turn.role, tokenizer)
+        marks = opening_marks(before, turn.role, tokenizer)
         text = tokenizer.encode(turn.text)
         tokens += [token for token, _ in marks] + text
         roles += [code for _, code in marks] + [ROLE_CODES[turn.role]] * len(text)
@@ -57,7 +57,7 @@ def prompt_tokens(question: str, tokenizer: Tokenizer) -> list[int]:
     return [ids["user"], *tokenizer.encode(question), ids["assistant"]]
 
 
-def _marks(before: str, role: str, tokenizer: Tokenizer) -> list[tuple[int, int]]:
+def opening_marks(before: str, role: str, tokenizer: Tokenizer) -> list[tuple[int, int]]:
     """The (token, role code) pairs that open a turn: after the assistant, a user's begins anew."""
     ids = tokenizer.role_ids
     if before == "assistant" and role == "user":
@@ -107,7 +107,7 @@ class TokenTable:
             pieces: list[Piece] = []
             before = "user"
             for turn in block.turns:
-                for token, code in _marks(before, turn.role, tokenizer):
+                for token, code in opening_marks(before, turn.role, tokenizer):
                     pieces.append((code, np.array([token]), None))
                 pieces += _turn_pieces(turn, block, tokenizer, encoded)
                 before = turn.role

@@ -18,6 +18,7 @@ from toolmem.errors import ToolmemError
 from toolmem.files import write_text
 from toolmem.tools import open_toolbox
 from toolmem.training.callbacks.ema import averaged_weights
+from toolmem.training.callbacks.rounds import Rounds
 from toolmem.training.callbacks.stopping import out_of_reach
 from toolmem.training.callbacks.throughput import not_training
 from toolmem.training.module import LanguageModelModule
@@ -42,8 +43,10 @@ class RecallProbe(pl.Callback):
     and without it.
 
     Args:
-        every_n_steps: optimizer steps between two rounds, one more when training ends; 0 never
-            asks.
+        every_n_steps: optimizer steps between two rounds; 0 for none so.
+        steps: rounds at these steps, too; 0 is before the first.
+        steps_per_decade: rounds between a power of ten of steps and the next, evenly by ratio. Where there
+            is any round, there is one at the last step, too.
         n_questions: of known people, a round.
         n_unseen: of unseen people, a round.
         stop_at: end training once ``recall/exact_match`` is this high; None never does.
@@ -59,6 +62,8 @@ class RecallProbe(pl.Callback):
     def __init__(
         self,
         every_n_steps: int = 1000,
+        steps: list[int] | None = None,
+        steps_per_decade: int = 0,
         n_questions: int = 256,
         n_unseen: int = 256,
         stop_at: float | None = None,
@@ -68,9 +73,10 @@ class RecallProbe(pl.Callback):
         show: bool = True,
     ) -> None:
         super().__init__()
-        if every_n_steps < 0 or n_questions < 1 or n_unseen < 0 or batch_size < 1:
+        self.rounds = Rounds("recall", every_n_steps, steps, steps_per_decade)
+        if n_questions < 1 or n_unseen < 0 or batch_size < 1:
             raise ToolmemError(
-                "recall: n_questions and batch_size must be 1 or more, every_n_steps and n_unseen 0"
+                "recall: n_questions and batch_size must be 1 or more, n_unseen 0 or more"
             )
         if stop_at is not None and not 0 < stop_at <= 1:
             raise ToolmemError(f"recall: stop_at is {stop_at}: it must be above 0 and at most 1")
@@ -82,7 +88,6 @@ class RecallProbe(pl.Callback):
             raise ToolmemError(
                 "recall: give_up_after needs stop_at, the recall that is to be reached"
             )
-        self.every_n_steps = every_n_steps
         self.n_questions = n_questions
         self.n_unseen = n_unseen
         self.stop_at = stop_at
@@ -97,13 +102,13 @@ class RecallProbe(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the questions, which stay the same through the run, and open the tools."""
-        self._asked = trainer.global_step
+        self.rounds.begin(trainer.global_step)
         self._questions = {}
         if self.ended is not None:  # a run that went on from the checkpoint at its end
             trainer.should_stop = True
             return
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        if not self.every_n_steps or not hasattr(datamodule, "questions"):
+        if not self.rounds or not hasattr(datamodule, "questions"):
             return
         for split, n in (("known", self.n_questions), ("unseen", self.n_unseen)):
             if n and (questions := datamodule.questions(split, n)):
@@ -111,6 +116,13 @@ class RecallProbe(pl.Callback):
         if trainer.is_global_zero and datamodule.checkpoint_info().get("setting") == "in_tool":
             path = write_run_facts(trainer)
             self._toolbox = open_toolbox(datamodule.checkpoint_info().get("tools"), path)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Ask before the first step, if it is wanted."""
+        if trainer.global_step == 0:
+            self._round(trainer, pl_module)
 
     def on_train_batch_end(
         self,
@@ -121,11 +133,10 @@ class RecallProbe(pl.Callback):
         batch_idx: int,
     ) -> None:
         """Ask, if it is time."""
-        step = trainer.global_step
-        if step == self._asked or not self._questions:
-            return
-        if step % self.every_n_steps == 0 or step == trainer.max_steps:
-            self._asked = step
+        self._round(trainer, pl_module)
+
+    def _round(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._questions and self.rounds.due(trainer.global_step, trainer.max_steps):
             with not_training(trainer):
                 self._ask(trainer, pl_module)
 
