@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -128,6 +129,9 @@ def parameters(function: Callable[..., Any]) -> list[tuple[str, str, str, str]]:
     }
     rows = []
     for name, parameter in inspect.signature(function).parameters.items():
+        if is_dataclass(parameter.default):  # an option for each of its fields
+            rows += [(f"{name}.{one}", *rest) for one, *rest in parameters(type(parameter.default))]
+            continue
         empty = parameter.default is inspect.Parameter.empty
         default = "required" if empty else value(parameter.default)
         rows.append((name, kind_of(hints.get(name, Any)), default, texts.get(name, "")))

@@ -11,14 +11,18 @@ from toolmem.console import stderr
 if TYPE_CHECKING:
     from rich.console import Group
 
+    from toolmem.sweeps.executors import Executor
     from toolmem.sweeps.runner import State, SweepRunner
 
+SHOWN = 30  # runs that the table has at most
 
-def train_all(runner: SweepRunner, lock: int) -> None:
+
+def train_all(runner: SweepRunner, executor: Executor, lock: int) -> None:
     """Train what is left with a live table; where stderr is no terminal, print the last state alone.
 
     Args:
         runner: with stock taken.
+        executor: what trains.
         lock: the folder's lock.
     """
     from rich.live import Live
@@ -30,7 +34,7 @@ def train_all(runner: SweepRunner, lock: int) -> None:
         def watch(state: State) -> None:
             live.update(table.of(state))
 
-        runner.run(lock, watch)
+        runner.run(executor, lock, watch)
         watch(runner.state)
 
 
@@ -54,7 +58,7 @@ class Table:
 
         over = state.done + state.failed
         words = [f"{state.done} done, {state.failed} failed, {state.to_go} to go"]
-        words += [word for word in (state.summary, time_left(state)) if word]
+        words += [word for word in (state.summary, time_left(state), state.note) if word]
         head = RichTable.grid(padding=(0, 1))
         head.add_row(
             ProgressBar(total=max(over + state.to_go, 1), completed=over, width=30),
@@ -64,9 +68,11 @@ class Table:
         running = RichTable(box=None, pad_edge=False, show_header=bool(state.running))
         for column, justify in (("run", "left"), ("step", "right"), ("for", "right")):
             running.add_column(column, justify=justify, style="dim", overflow="fold")  # type: ignore[arg-type]
-        for name, since in list(state.running.items()):
+        for name, since in list(state.running.items())[:SHOWN]:
             step = last_step(self.runs / name / "metrics.csv")
             running.add_row(name, step, clock(time.monotonic() - since))
+        if (more := len(state.running) - SHOWN) > 0:
+            running.add_row(f"and {more} more")
         return Group(head, running)
 
 
@@ -88,7 +94,7 @@ def time_left(state: State) -> str:
     if not state.seconds or not state.to_go:
         return ""
     mean = sum(state.seconds) / len(state.seconds)
-    return f"about {clock(mean * state.to_go / state.workers)} left"
+    return f"about {clock(mean * state.to_go / state.places)} left"
 
 
 def clock(seconds: float) -> str:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 FLOPS = "toolmem.training.Flops"
 STOP_AT = "toolmem.training.callbacks.StopAt"
+PREEMPTION = "toolmem.training.callbacks.Preemption"
 # how torch's allocators and the C library say so
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
 
@@ -42,6 +43,8 @@ def fit_config(job: dict[str, Any]) -> dict[str, Any]:
         callbacks.append({"class_path": FLOPS, "init_args": {"utilisation": False}})
     if job.get("until") is not None:
         callbacks.append({"class_path": STOP_AT, "init_args": {"step": job["until"]}})
+    if job.get("preemptible"):
+        callbacks.append({"class_path": PREEMPTION})
     trainer["callbacks"] = callbacks
     return {**config, "name": job["name"], "runs": job["runs"], "resume": "auto"}
 
@@ -97,7 +100,8 @@ def explain(failure: BaseException) -> str:
     text = f"{type(failure).__name__}: {failure}"
     if isinstance(failure, MemoryError) or any(word in text.lower() for word in OUT_OF_MEMORY):
         return (
-            f"out of memory: make the model or the batch smaller, or take fewer --workers ({text})"
+            "out of memory: make the model or the batch smaller, or take fewer --workers (on Slurm, a "
+            f"larger slurm.mem_gb) ({text})"
         )
     return text
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from toolmem.sweeps.grid import Planned, expand
@@ -23,19 +24,52 @@ class Job:
         run: which.
         until: the optimizer step at which it is judged; None when it goes on to its end.
         judged: the metric that it is judged by, and all steps at which it is; None for none.
+        ahead: it may turn out not to be needed.
     """
 
     run: Planned
     until: int | None = None
     judged: tuple[str, tuple[int, ...]] | None = None
+    ahead: bool = False
 
     def is_done_by(self, row: Row | None) -> bool:
         """Is this a result of the run, trained as far as it is to be?"""
-        if row is None:
-            return False
-        if row["status"] == "failed" or row.get("stopped") != HALVED:
-            return True
-        return self.until is not None and row["steps"] >= self.until
+        return is_trained(row, self.until)
+
+    def words(self, metrics: Mapping[str, str], runs: str | Path) -> dict[str, Any]:
+        """What the process is told that trains it, and ``outcome.result_row`` takes.
+
+        Args:
+            metrics: that are kept of it.
+            runs: the folder of all runs.
+        """
+        words: dict[str, Any] = {
+            "name": self.run.name,
+            "settings": self.run.settings,
+            "seed": self.run.seed,
+            "recipe": self.run.recipe,
+            "metrics": dict(metrics),
+            "runs": str(runs),
+        }
+        if self.until is not None:
+            words["until"] = self.until
+        if self.judged is not None:
+            words["judged"] = self.judged
+        return words
+
+
+def is_trained(row: Row | None, until: int | None) -> bool:
+    """Is this the result of a run, trained as far as it is to be?
+
+    Args:
+        row: what it handed over; None while it has not.
+        until: the optimizer step at which it is judged; None when it goes on to its end.
+    """
+    if row is None:
+        return False
+    if row["status"] == "failed" or row.get("stopped") != HALVED:
+        return True
+    return until is not None and row["steps"] >= until
 
 
 class Plan(Protocol):

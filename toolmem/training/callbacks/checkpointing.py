@@ -64,6 +64,7 @@ class Checkpointing(Checkpoint):
         self.folder = Path(folder) if folder is not None else None
         self.best: float | None = None
         self.best_step: int | None = None
+        self.asked = False  # for ``last.ckpt`` as soon as one can be gone on from
         self._judged = -1  # step of the last value of the monitored metric that was looked at
         self._saved_step = -1  # of the files below, which hold the same, the newest first
         self._saved: list[Path] = []
@@ -113,8 +114,9 @@ class Checkpointing(Checkpoint):
             return
         self._seen = step
         self._save_if_best(trainer, pl_module)
-        if step % self.every_n_steps == 0:
+        if self.asked or step % self.every_n_steps == 0:
             self._save(trainer, "last.ckpt")
+            self.asked = False
         if self.keep_every_n_steps is not None and step % self.keep_every_n_steps == 0:
             self._save(trainer, f"step_{step}.ckpt")
 
