@@ -119,7 +119,7 @@ WIDTH = {"key": "model.model.dim", "values": [4, 8]}
         ({"report": {"metric": "x", "x": "w"}}, "report.metric is 'x': choose from metrics"),
         ({"report": {"metric": "val/loss", "x": "depth"}}, "report.x is 'depth'"),
         ({"report": {"metric": "val/loss", "x": "w", "best": []}}, "report.best: a sweep has no"),
-        ({"report": {"metric": "val/loss", "x": "w", "line": "w"}}, "report: x, line and best_over"),
+        ({"report": {"metric": "val/loss", "x": "w", "line": "w"}}, "report: x, line, panel and best_over"),
         ({"report": {"metric": "val/loss", "x": "w", "mode": "up"}}, "report.mode is 'up'"),
         (
             {"axes": {"w": WIDTH, "lr": {"key": "model.optimizer.lr", "values": [1]}},

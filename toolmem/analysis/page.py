@@ -36,11 +36,11 @@ class Request:
     Args:
         published: a CSV of published results to draw beside; None for none.
         bounds: lines to be drawn over what has parameters along x and facts upwards: a label, and a
-            function of the number of parameters.
+            function of the number of parameters; what the kind itself knows when None.
     """
 
     published: str | None = None
-    bounds: Sequence[Bound] = ()
+    bounds: Sequence[Bound] | None = None
 
 
 def kinds() -> list[str]:
