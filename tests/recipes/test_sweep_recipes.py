@@ -42,6 +42,27 @@ CUT = {
         {"alpha": 1, "people": {8: {"data.people": 8, "trainer.max_steps": 2}}},
         {"recall.every_n_steps": 2, "recall.n_questions": 4},
     ),
+    "dynamics": (
+        {
+            "lr": 1,
+            "warmup": 1,
+            "run": {
+                "8 people": {
+                    "data.setting": "in_tool",
+                    "data.people": 8,
+                    "trainer.max_steps": 2,
+                    "trainer.callbacks": [
+                        {
+                            "class_path": "toolmem.training.TokenLossProbe",
+                            "init_args": {"every_n_steps": 1},
+                        }
+                    ],
+                    "recall": {"every_n_steps": 1, "n_questions": 4, "n_unseen": 4},
+                }
+            },
+        },
+        {},
+    ),
     **dict.fromkeys(
         ("figure1_quick", "figure1_laptop", "figure1_overnight", "figure1"),
         ({}, {"recall.every_n_steps": 2, "recall.n_questions": 4}),
