@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 
 from toolmem.cli import main
 from toolmem.cli.sweep_plan import check
+from toolmem.data import FactsDataModule
 from toolmem.recipe_files import get_key, set_key
 from toolmem.sweeps import Results, SweepRecipe, expand
 
@@ -68,7 +70,7 @@ CUT = {
         ({}, {"recall.every_n_steps": 2, "recall.n_questions": 4}),
     ),
 }
-STUDY_DIALOGUES = 100_000 * 128  # of a run of the published study
+STUDY_TOKENS = 100_000 * 128 * 257  # of a run of the published study, padding among them
 
 
 def test_each_sweep_is_known_here():
@@ -84,12 +86,21 @@ def test_every_value_is_one_that_fit_takes(name):
 
 
 @pytest.mark.parametrize("name", ["figure1_quick", "figure1_laptop", "figure1_overnight"])
-def test_figure_1_asks_for_a_share_of_the_published_runs(name):
-    """A 20th of the study's dialogues up to 512 people, a 5th above."""
+def test_figure_1_asks_for_a_share_of_the_published_tokens(name):
+    """Were every row as long as the longest of 2,048 people: a 20th up to 512 people, a 5th above."""
+    longest = {}
+    for setting in ("in_weight", "in_tool"):
+        data = FactsDataModule(people=2048, setting=setting, batch_size=512)
+        data.prepare_data()
+        data.setup("fit")
+        longest[setting] = max(
+            batch.tokens.shape[1] for batch in islice(data.train_dataloader(), 16)
+        )
+    assert longest["in_weight"] < longest["in_tool"] < 257
     for run in expand(SweepRecipe.read(FOLDER / f"{name}.yaml")):
-        steps = get_key(run.recipe, "trainer.max_steps")
-        seen = steps * get_key(run.recipe, "data.batch_size")
-        assert seen <= STUDY_DIALOGUES / (20 if run.settings["people"] <= 512 else 5), run.name
+        rows = get_key(run.recipe, "trainer.max_steps") * get_key(run.recipe, "data.batch_size")
+        seen = rows * longest[run.settings["setting"]]
+        assert seen <= STUDY_TOKENS / (20 if run.settings["people"] <= 512 else 5), run.name
 
 
 @pytest.mark.slow

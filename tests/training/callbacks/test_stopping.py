@@ -48,11 +48,11 @@ def test_at_a_step_that_can_be():
 
 def test_out_of_reach_by_hand():
     slow = [(100, 0.0), (200, 0.05), (300, 0.15), (400, 0.2)]  # at best 0.001 a step
-    assert out_of_reach(slow, 0.95, 700, 0.5)  # 0.2 + 2 * 0.001 * 300 = 0.8
-    assert not out_of_reach(slow, 0.95, 800, 0.5)  # 1.0
-    assert not out_of_reach(slow, 0.75, 700, 0.5)
-    assert not out_of_reach(slow, 0.95, 700, 0.6)  # not yet
-    assert not out_of_reach(slow[1:], 0.95, 700, 0.5)  # too few rounds
+    assert out_of_reach(slow, 0.95, 600, 0.5)  # 0.2 + 3 * 0.001 * 200 = 0.8
+    assert not out_of_reach(slow, 0.95, 660, 0.5)  # 0.98
+    assert not out_of_reach(slow, 0.75, 600, 0.5)
+    assert not out_of_reach(slow, 0.95, 600, 0.7)  # not yet
+    assert not out_of_reach(slow[1:], 0.95, 600, 0.5)  # too few rounds
     falling = [(100, 0.6), (200, 0.4), (300, 0.3), (400, 0.2)]
     assert out_of_reach(falling, 0.95, 700, 0.5)
     assert not out_of_reach(falling, 0.6, 700, 0.5)  # it was there before

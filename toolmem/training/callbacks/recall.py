@@ -51,7 +51,7 @@ class RecallProbe(pl.Callback):
         n_unseen: of unseen people, a round.
         stop_at: end training once ``recall/exact_match`` is this high; None never does.
         give_up_after: from this share of the run on, end it too when ``stop_at`` is out of reach: when
-            the fastest rise between two rounds so far, twice as fast, would not lead there by the
+            the fastest rise between two rounds so far, three times as fast, would not lead there by the
             last step, after four rounds at least. None never does. A leap that nothing announced
             would be missed.
         batch_size: dialogues generated at once.

@@ -38,10 +38,15 @@ class StopAt(pl.Callback):
             trainer.should_stop = True
 
 
+# Where a learning rate decays to 0 recall rises fastest at the end: a run stood at 0.44 after four fifths of
+# its steps, had never risen by more than 0.14 in a tenth of them, and reached 0.99.
+FASTER = 3
+
+
 def out_of_reach(
     values: list[tuple[int, float]], goal: float, total: int, after: float, least: int = 4
 ) -> bool:
-    """Can a value not reach its goal any more? The fastest rise so far, twice as fast, to the run's end.
+    """Can a value not reach its goal any more? The fastest rise so far, ``FASTER`` times as fast, to the end.
 
     Args:
         values: (step, value) of each time that it was measured, in order.
@@ -58,4 +63,4 @@ def out_of_reach(
         if step > since
     ]
     best = max(value for _, value in values)
-    return best + 2 * max(0.0, *rates) * (total - values[-1][0]) < goal
+    return best + FASTER * max(0.0, *rates) * (total - values[-1][0]) < goal
