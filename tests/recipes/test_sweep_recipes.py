@@ -35,7 +35,7 @@ CUT = {
     "generalization_laptop": (
         {
             "people": 1,
-            "diversity": {"4 a step": {"data.batch_size": 4, "trainer.max_steps": 2}},
+            "model": {"4 a step": {"data.batch_size": 4, "trainer.max_steps": 2}},
             "setting": {"in_tool": {"data.setting": "in_tool", "data.people": 8}},
         },
         {"recall.every_n_steps": 2, "recall.n_questions": 4, "recall.n_unseen": 4},
