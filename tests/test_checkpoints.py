@@ -137,3 +137,25 @@ def test_classes_that_are_not_there(spec):
 def test_classes_of_something_else():
     with pytest.raises(ToolmemError, match=r"here: .*is not a toolmem\.models\.LanguageModel"):
         checkpoints.build_model({"class_path": "subprocess.Popen", "init_args": {}}, "here")
+
+
+def test_checkpoints_of_a_run_in_the_order_of_training(tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    with pytest.raises(ToolmemError, match="no checkpoint"):
+        checkpoints.kept(tmp_path / "run")
+    for name in (
+        "step_100.ckpt",
+        "step_20.ckpt",
+        "best.ckpt",
+        "last.ckpt",
+        "step_x.ckpt",
+        "step_3.part",
+    ):
+        (folder / name).touch()
+    names = ["step_20.ckpt", "step_100.ckpt", "last.ckpt"]
+    assert [path.name for path in checkpoints.kept(tmp_path / "run")] == names
+    assert [path.name for path in checkpoints.kept(folder)] == names
+    assert checkpoints.kept(folder / "best.ckpt") == [folder / "best.ckpt"]
+    (folder / "last.ckpt").unlink()
+    assert [path.name for path in checkpoints.kept(folder)] == names[:2]

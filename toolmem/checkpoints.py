@@ -130,6 +130,28 @@ def resolve(path: str | Path) -> Path:
     )
 
 
+def kept(path: str | Path) -> list[Path]:
+    """Every checkpoint of a run in the order of training: what it kept by step, then the last.
+
+    The last may be of the same step as the one before it. Of a checkpoint file, that file alone.
+
+    Args:
+        path: a run's folder, or a checkpoint file.
+
+    Raises:
+        ToolmemError: when there is none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    numbered = {file.stem.removeprefix("step_"): file for file in folder.glob("step_*.ckpt")}
+    by_step = [numbered[n] for n in sorted((n for n in numbered if n.isdigit()), key=int)]
+    last = folder / "last.ckpt"
+    found = by_step + ([last] if last.is_file() else [])
+    return found or [resolve(path)]
+
+
 def run_folder(path: str | Path) -> Path:
     """The run's folder that a checkpoint file belongs to."""
     file = resolve(path)
