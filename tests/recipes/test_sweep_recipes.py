@@ -13,10 +13,50 @@ from toolmem.cli.sweep_plan import check
 from toolmem.data import FactsDataModule
 from toolmem.recipe_files import get_key, set_key
 from toolmem.sweeps import Results, SweepRecipe, expand
+from toolmem.sweeps.axes import with_files
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "recipes" / "sweeps"
 # what makes each small: of its axes, how many values are left, or others; of its base, what is changed
+ASKED = {"every_n_steps": 2, "n_questions": 4, "n_unseen": 0, "show": False}
+TWO_SETTINGS = {
+    "in_weight": {"data.people": 8, "recall": ASKED},
+    "in_tool": {"data.setting": "in_tool", "data.people": 8, "recall": ASKED},
+}
 CUT = {
+    "allocation": (
+        {
+            "setting": {
+                name: {**keys, "trainer.max_steps": 2} for name, keys in TWO_SETTINGS.items()
+            },
+            "list": [
+                {"budget": 10000, "shape": "1 layer", "width": 20, "hidden": 72},
+                {"budget": 10000, "shape": "untied", "width": 12, "hidden": 47},
+            ],
+        },
+        {},
+    ),
+    "tricks": (
+        {
+            "setting": TWO_SETTINGS,
+            "size": {16: {"model.model.dim": 16, "model.model.hidden_dim": 48}},
+            "option": {
+                "plain": {},
+                "muon": "../tricks/muon.yaml",
+                "window": {"model.model.window": [16, 0]},
+            },
+            "budget": {
+                "2 steps": {
+                    "model.model.n_layers": 2,
+                    "model.model.n_heads": 2,
+                    "trainer.max_steps": 2,
+                    "trainer.accelerator": "cpu",
+                    "trainer.devices": 1,
+                    "trainer.limit_val_batches": 0,
+                }
+            },
+        },
+        {},
+    ),
     "mqar": (
         {"width": 1, "lr": 1},
         {"trainer.max_steps": 2, "trainer.val_check_interval": 2, "data.val_batches": 1},
@@ -65,6 +105,17 @@ CUT = {
         },
         {},
     ),
+    "capacity": (
+        {
+            "people": {8: {"data.people": 8}},
+            "exposures": {2: {"exposures": 2}},
+            "list": [
+                {"size": "8 x 2", "architecture": one, "people": 8, "exposures": 2}
+                for one in ("dense", "8 experts")
+            ],
+        },
+        {},
+    ),
     **dict.fromkeys(
         ("figure1_quick", "figure1_laptop", "figure1_overnight", "figure1"),
         ({}, {"recall.every_n_steps": 2, "recall.n_questions": 4}),
@@ -110,10 +161,13 @@ def test_cut_down_it_runs_to_its_plot(name, tmp_path, capsys):
     written = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
     written["base"] = SweepRecipe.read(FOLDER / f"{name}.yaml").base
     for axis, few in left.items():
-        if isinstance(few, int):
+        if axis == "list":
+            written["list"] = few
+        elif isinstance(few, int):
             written["axes"][axis]["values"] = written["axes"][axis]["values"][:few]
         else:
             written["axes"][axis] = few
+    written["axes"] = with_files(written["axes"], FOLDER)
     for key, value in changes.items():
         set_key(written["base"], key, value)
     written["seeds"] = 1

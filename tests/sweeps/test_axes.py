@@ -24,6 +24,32 @@ def labels(sweep):
     return [tuple(run.settings.values()) for run in expand(sweep)]
 
 
+def test_an_axis_that_no_combination_names_is_crossed():
+    sweep = parse(axes={"kind": KIND, "width": WIDTH}, list=[{"width": 8}, {"width": 4}])
+    assert [tuple(one.values()) for one in sweep.combinations] == [
+        ("a", 8), ("a", 4), ("b", 8), ("b", 4)
+    ]  # fmt: skip
+
+
+def test_a_label_that_is_a_recipes_file(tmp_path):
+    """Its keys, dotted; classes change with the options they had in common, as one key after another."""
+    (tmp_path / "muon.yaml").write_text(
+        "model: {optimizer: {class_path: toolmem.training.Muon, init_args: {lr: 1e-2}}}\n"
+    )
+    axes = {"optimizer": {"plain": {}, "muon": "muon.yaml"}}
+    sweep = SweepRecipe.parse(sweep_with(axes=axes, report=None), "toy", tmp_path)
+    assert sweep.axes[0].values["muon"] == {
+        "model.optimizer.class_path": "toolmem.training.Muon", "model.optimizer.init_args.lr": 0.01
+    }  # fmt: skip
+    plain, muon = expand(sweep)
+    assert get_key(plain.recipe, "model.optimizer.class_path") == "toolmem.training.AdamW"
+    assert get_key(muon.recipe, "model.optimizer.lr") == 0.01
+    with pytest.raises(ToolmemError, match=r"axes.optimizer.muon: .*gone.yaml: No such file"):
+        SweepRecipe.parse(
+            sweep_with(axes={"optimizer": {"muon": "gone.yaml"}}, report=None), "toy", tmp_path
+        )
+
+
 def test_a_list_of_combinations():
     listed = [{"width": 8, "kind": "b"}, {"kind": "a", "width": 4}]
     sweep = parse(axes={"kind": KIND, "width": WIDTH}, list=listed)
@@ -91,7 +117,7 @@ def test_what_is_drawn_twice_is_trained_once():
         ({"random": 3}, "random is 3"),
         ({"random": {"m": 3}}, "random.m: a sweep has no such key"),
         ({"list": []}, r"list is \[\]"),
-        ({"list": [{"width": 4}]}, r"list\[0\]: it says nothing of lr"),
+        ({"list": [{"width": 4}, {"width": 4, "lr": 1e-3}]}, r"list\[0\]: it says nothing of lr"),
         ({"list": [{"width": 4, "lr": 1e-3, "x": 1}]}, r"list\[0\].x: a sweep has no such key"),
         ({"list": [{"width": 5, "lr": 1e-3}]}, r"list\[0\].width is 5: choose from 4, 8"),
         ({"list": [{"width": 4, "lr": 1e-3}] * 2}, r"list\[1\] is there twice"),

@@ -54,6 +54,15 @@ def test_what_it_may_not_say(written, message):
     assert message in str(raised.value)
 
 
+def test_an_axis_of_one_value_needs_no_place():
+    axes = {
+        "width": {"key": "model.model.dim", "values": [4, 8]},
+        "rest": {"all": {"model.model.n_heads": 1}},
+    }
+    written = sweep_with(axes=axes, report={"x": "width", "metric": "val/loss"})
+    assert SweepRecipe.parse(written, "toy").report.x == "width"
+
+
 def test_a_searchs_plot_has_one_picture():
     with pytest.raises(ToolmemError, match=r"report.panel: the plot of a search has none"):
         parsed(True, x="people", line="width", panel="setting")

@@ -122,7 +122,7 @@ WIDTH = {"key": "model.model.dim", "values": [4, 8]}
         ({"report": {"metric": "val/loss", "x": "w", "line": "w"}}, "report: x, line, panel and best_over"),
         ({"report": {"metric": "val/loss", "x": "w", "mode": "up"}}, "report.mode is 'up'"),
         (
-            {"axes": {"w": WIDTH, "lr": {"key": "model.optimizer.lr", "values": [1]}},
+            {"axes": {"w": WIDTH, "lr": {"key": "model.optimizer.lr", "values": [1, 2]}},
              "report": {"metric": "val/loss", "x": "w"}},
             "report: the axis lr is neither",
         ),

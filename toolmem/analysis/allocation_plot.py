@@ -1,8 +1,8 @@
 """Allocation: at each budget of parameters, which shape of model stores most facts, and how sure that is.
 
-Of a sweep with ``report: {kind: allocation, x: BUDGET, best_over: [SHAPE], panel: SETTING}``. Layers, width,
-heads, feed-forward ratio and tied tables are read from each run's own recipe. Facts stored are the metric, a
-share, of the facts that there are.
+Of a sweep with ``report: {kind: allocation, x: BUDGET, best_over: [SHAPE, ...], panel: SETTING}``; heat-maps name
+shapes by the first of these axes. Layers, width, heads, feed-forward ratio and tied tables are read from each
+run's own recipe. Facts stored are the metric, a share, of the facts that there are.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Shape:
     Args:
         setting: label of the picture; None where there is one.
         budget: label.
-        name: of the shape.
+        name: of the shape, by which it is known at every budget.
         factors: value by name, of `FACTORS`.
         facts: recalled, of each seed.
         of: facts that there were.
@@ -155,7 +155,7 @@ def _shape(point: Point, report: ReportRecipe) -> Shape:
     return Shape(
         point.panel,
         point.x,
-        " ".join(str(point.best[name]) for name in report.best_over),
+        str(point.best[report.best_over[0]]),
         factors_of(row["recipe"]),
         tuple(value * facts for value in point.values),
         facts,

@@ -100,8 +100,10 @@ class SweepSource:
 
     def axes(self) -> list[str]:
         """Names of its axes in the order of tables: of pictures, of lines, along, and the others."""
-        first = [self.report.panel, self.report.line, self.report.x, *self.report.best_over]
-        return [name for name in first if name is not None]
+        report = self.report
+        first = [report.panel, report.line, report.x, *report.best_over]
+        every = [*first, *(axis.name for axis in self.recipe.axes)]
+        return list(dict.fromkeys(name for name in every if name is not None))
 
     @property
     def title(self) -> str:

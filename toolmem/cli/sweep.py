@@ -133,15 +133,19 @@ def cores() -> int:
 
 
 def keep_recipe(recipe: str, name: str, folder: SweepFolder) -> None:
-    """Leave the recipe beside its results, name and base written out, so that it can be read from there."""
+    """Leave the recipe beside its results, all other files written out, so that it can be read from there."""
     import yaml
 
     from toolmem.files import write_text
     from toolmem.recipe_files import read_mapping
+    from toolmem.sweeps.axes import with_files
 
     written = {"name": name, **read_mapping(recipe)}
     if isinstance(written.get("base"), str):
         written["base"] = read_mapping(Path(recipe).parent / written["base"])
+    written["axes"] = with_files(written.get("axes"), Path(recipe).parent)
+    if written["axes"] is None:
+        del written["axes"]
     text = yaml.safe_dump(written, sort_keys=False, allow_unicode=True, width=110)
     write_text(folder.path / "sweep.yaml", text)
 

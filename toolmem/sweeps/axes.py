@@ -7,9 +7,11 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from toolmem.errors import ToolmemError
+from toolmem.recipe_files import flattened, read_mapping
 from toolmem.sweeps.checks import check_keys, is_number, is_whole, label
 
 RANGES = ("uniform", "log_uniform")
@@ -66,6 +68,33 @@ class Axis:
         return replace(self, values={one: {self.key: one} for one in dict.fromkeys(labels)})
 
 
+def with_files(axes: Any, folder: str | Path) -> Any:
+    """The axes as they are written, a label that names a recipe's file with the dotted keys of that recipe.
+
+    Args:
+        axes: what is there.
+        folder: where such a path starts from.
+
+    Raises:
+        ToolmemError: for a file that is no recipe.
+    """
+    if not isinstance(axes, Mapping):
+        return axes
+    found = {}
+    for name, labels in axes.items():
+        found[name] = labels
+        if isinstance(labels, Mapping) and not {"key", "values", *RANGES} & set(labels):
+            found[name] = {
+                one: flattened(
+                    read_mapping(Path(folder) / keys, f"axes.{name}.{one}: {folder}/{keys}")
+                )
+                if isinstance(keys, str)
+                else keys
+                for one, keys in labels.items()
+            }
+    return found
+
+
 def parse_axes(written: Any, place: str = "axes") -> tuple[Axis, ...]:
     """The axes of a recipe.
 
@@ -104,8 +133,8 @@ def parse_axis(place: str, name: str, written: Any) -> Axis:
     for one, keys in written.items():
         if not isinstance(keys, Mapping):
             raise ToolmemError(
-                f"{place}.{one} is {keys!r}: give the dotted keys that it sets, or write the axis "
-                "as {key: ..., values: [...]}"
+                f"{place}.{one} is {keys!r}: give the dotted keys that it sets or a recipe's file that does, "
+                "or write the axis as {key: ..., values: [...]}"
             )
     return Axis(name, {label(place, one): dict(keys) for one, keys in written.items()})
 
@@ -150,7 +179,7 @@ def combine(axes: tuple[Axis, ...], listed: Any = None, drawn: Any = None) -> Co
 
     Args:
         axes: of the recipe, in their order.
-        listed: the recipe's ``list``; None for none.
+        listed: the recipe's ``list``; None for none. Axes that none of them names are crossed with it.
         drawn: its ``random``; None for none.
 
     Raises:
@@ -186,8 +215,16 @@ def _listed(axes: tuple[Axis, ...], written: Any) -> Combinations:
             f"list is {written!r}: give each combination that is trained, as {{{names[0]}: ...}}"
         )
     found: list[dict[str, Any]] = []
-    for index, one in enumerate(written):
-        place = f"list[{index}]"
+    named = {name for one in written if isinstance(one, Mapping) for name in one}
+    crossed = [axis for axis in axes if axis.name not in named and axis.values]
+    rows = [
+        (f"list[{index}]", {**one, **dict(zip((a.name for a in crossed), rest, strict=True))})
+        if isinstance(one, Mapping)
+        else (f"list[{index}]", one)
+        for rest in itertools.product(*(axis.values for axis in crossed))
+        for index, one in enumerate(written)
+    ]
+    for place, one in rows:
         check_keys(place, one, names)
         if missing := [name for name in names if name not in one]:
             raise ToolmemError(f"{place}: it says nothing of {missing[0]}: each names every axis")

@@ -29,7 +29,7 @@ from typing import Any
 
 from toolmem.errors import ToolmemError
 from toolmem.recipe_files import get_key, read_mapping
-from toolmem.sweeps.axes import Axis, combine, parse_axes, parse_axis
+from toolmem.sweeps.axes import Axis, combine, parse_axes, parse_axis, with_files
 from toolmem.sweeps.checks import (
     boolean,
     check_keys,
@@ -171,7 +171,7 @@ class SweepRecipe:
         Args:
             written: the YAML's content.
             name: of the sweep, where it does not say its own.
-            folder: where a ``base`` that is a path starts from.
+            folder: where a ``base``, and labels, that are paths start from.
 
         Raises:
             ToolmemError: for what it cannot be, naming the key.
@@ -181,7 +181,7 @@ class SweepRecipe:
         searching = written.get("search") is not None
         axes: tuple[Axis, ...] = ()
         if not searching or "axes" in written:
-            axes = parse_axes(written.get("axes"))
+            axes = parse_axes(with_files(written.get("axes"), folder))
         called = written.get("name", re.sub(r"[^\w.-]+", "-", name))
         if not isinstance(called, str) or not re.fullmatch(r"[\w.-]+", called):
             raise ToolmemError(
@@ -197,9 +197,9 @@ class SweepRecipe:
         report = written.get("report")
         names = [axis.name for axis in axes]
         if report is not None:
-            report = parse_report(
-                report, names, PARAMETERS if searching else tuple(metrics), searching
-            )
+            drawn = PARAMETERS if searching else tuple(metrics)
+            alike = [axis.name for axis in axes if len(axis.values) == 1]
+            report = parse_report(report, names, drawn, searching, alike)
         return cls(
             called,
             base,

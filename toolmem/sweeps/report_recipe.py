@@ -47,7 +47,11 @@ class ReportRecipe:
 
 
 def parse_report(
-    written: Any, axes: Sequence[str], metrics: Sequence[str], searching: bool
+    written: Any,
+    axes: Sequence[str],
+    metrics: Sequence[str],
+    searching: bool,
+    alike: Sequence[str] = (),
 ) -> ReportRecipe:
     """Check the report of a recipe.
 
@@ -56,6 +60,7 @@ def parse_report(
         axes: their names.
         metrics: that may be drawn.
         searching: is the sweep a search?
+        alike: axes of one value, which need no place in the plot.
 
     Raises:
         ToolmemError: for what it cannot be, naming the key.
@@ -82,7 +87,7 @@ def parse_report(
     drawn = [name for _, name in named if name is not None]
     if len(set(drawn)) < len(drawn):
         raise ToolmemError("report: x, line, panel and best_over must name different axes")
-    if rest := [name for name in axes if name not in drawn]:
+    if rest := [name for name in axes if name not in (*drawn, *alike)]:
         raise ToolmemError(
             f"report: the axis {rest[0]} is neither x nor line nor panel nor in best_over: points of its "
             "values would fall together"
