@@ -198,3 +198,16 @@ def test_what_a_models_parameters_were_without_a_tied_table(tied, tmp_path):
     assert made["params_untied"] == sum(p.numel() for p in untied.parameters())
     assert made["params_total"] == made["params_untied"] - (32 * 8 if tied else 0)
     assert made["processor"]
+
+
+def test_a_file_is_small_and_one_of_larger_blocks_is_gone_on_with(tmp_path):
+    results = Results(tmp_path / "results.duckdb")
+    results.write([row(f"run {i}", {"width": i}) for i in range(50)])
+    assert results.path.stat().st_size < 400_000
+    old = tmp_path / "old.duckdb"
+    with duckdb.connect() as connection:
+        connection.execute(f"ATTACH '{results.path}' AS new (READ_ONLY)")
+        connection.execute(f"ATTACH '{old}' AS old (BLOCK_SIZE 262144)")
+        connection.execute("COPY FROM DATABASE new TO old")
+    Results(old).write([row("one more", {"width": 50})])
+    assert len(Results(old).rows()) == 51
