@@ -104,6 +104,10 @@ print(*(one.getsockname()[1] for one in open_ones))')
 stop() {
 	export SLURM_CONF=$CONF
 	scancel --user root 2>/dev/null || true
+	for _ in $(seq 100); do # the daemons are what ends jobs
+		[ -n "$(squeue --noheader 2>/dev/null)" ] || break
+		sleep 0.2
+	done
 	for name in slurmd slurmctld munge/munged; do
 		local file=$DIR/$name.pid pid
 		[ -s "$file" ] || continue

@@ -64,7 +64,7 @@ class SweepJob:
         from submitit.core.utils import UncompletedJobError
 
         from toolmem.sweeps.outcome import seconds_spent, write_failure
-        from toolmem.sweeps.slurm import out_of_time
+        from toolmem.sweeps.slurm_ends import out_of_time
 
         try:
             requeue(signal.SIGUSR2, None)

@@ -20,6 +20,7 @@ from toolmem.sweeps.folder import SweepFolder
 from toolmem.sweeps.outcome import seconds_spent, write_failure
 from toolmem.sweeps.plans import Job, is_trained
 from toolmem.sweeps.recipe import SweepRecipe
+from toolmem.sweeps.slurm_ends import last_line, told, why_hopeless
 from toolmem.sweeps.slurm_jobs import Batch, JobsFile
 from toolmem.sweeps.slurm_options import SlurmOptions
 from toolmem.sweeps.slurm_queue import (
@@ -259,7 +260,7 @@ class SlurmExecutor:
         try:
             queued = jobs_of_user()
         except ToolmemError as error:
-            self._trouble = f"Slurm does not answer: {_last_line(str(error))}"
+            self._trouble = f"Slurm does not answer: {last_line(str(error))}"
             return []
         self._trouble = ""
         given_back = self._find_batches(queued)
@@ -309,11 +310,12 @@ class SlurmExecutor:
         log = self.folder.path / "slurm" / f"{task.number}_0_log.out"
         if not (self.folder.runs / task.name / "clock.json").exists():
             self._check_beginning(task, log)
-        error = self._hopeless(task)
-        if error is None and self._deaths[task.name] >= ATTEMPTS:
+        last = self._deaths[task.name] >= ATTEMPTS
+        error = why_hopeless(task.state, task.number, last, self.options)
+        if error is None and last:
             error = (
                 f"its job ended {ATTEMPTS} times without a result, the last as {task.state}: see "
-                f"slurm/{log.name} and the run's log.txt{_told(log)}"
+                f"slurm/{log.name} and the run's log.txt{told(log)}"
             )
         if error is not None:
             write_failure(
@@ -323,51 +325,29 @@ class SlurmExecutor:
                 error=error,
             )
 
-    def _hopeless(self, task: Task) -> str | None:
-        """Why a run would not do better in another job; None when it may."""
-        if task.state == "CANCELLED":
-            return f"its job {task.number} was cancelled (scancel): --retry-failed trains the run again"
-        if task.state == "OUT_OF_MEMORY":
-            return (
-                f"out of memory: job {task.number} had {_memory(self.options)}: raise slurm.mem_gb, or make "
-                "the model or the batch smaller"
-            )
-        if task.state == "TIMEOUT" and self._deaths[task.name] >= ATTEMPTS:
-            return out_of_time(self.options)
-        return None
-
     def _check_beginning(self, task: Task, log: Path) -> None:
         """Stop when no job so far has even begun to train: the next would not either."""
         begun = self.folder.runs.glob("*/clock.json")
         if self._deaths.total() >= max(ATTEMPTS, REFUSALS) and next(begun, None) is None:
             raise ToolmemError(
-                f"jobs of Slurm end before they train, the last as {task.state}: see {log}{_told(log)}; the "
+                f"jobs of Slurm end before they train, the last as {task.state}: see {log}{told(log)}; the "
                 f"nodes must see {self.folder.path.absolute()} and this Python, with toolmem in it "
                 "(slurm.setup may load modules first)"
             )
 
     def _refused(self, batch: Batch, error: Exception) -> None:
         """Slurm has not taken a batch, or has not said so. While others go on, it is tried again."""
-        told = str(error).strip()
+        words = str(error).strip()
         self._refusals += 1
-        unsure = any(word in told for word in UNSURE)
+        unsure = any(word in words for word in UNSURE)
         if self._refusals < REFUSALS and (self._tasks or unsure):
-            self._refusal = f"sbatch: {_last_line(told)}"
+            self._refusal = f"sbatch: {last_line(words)}"
             return
         self._jobs.drop(batch)
         raise ToolmemError(
-            f"Slurm does not take the jobs: {told}\nlook at slurm.partition, slurm.account, "
+            f"Slurm does not take the jobs: {words}\nlook at slurm.partition, slurm.account, "
             "slurm.timeout_min, slurm.max_jobs and what else the recipe or the command asks for"
         ) from error
-
-
-def out_of_time(options: SlurmOptions) -> str:
-    """The error of a run that was too often out of time."""
-    return (
-        f"out of time: jobs of {options.timeout_min} minutes, {options.max_num_timeout} times requeued, were "
-        "not enough: raise slurm.timeout_min or slurm.max_num_timeout; a job must reach a checkpoint "
-        "(checkpointing.every_n_steps)"
-    )
 
 
 def check_no_jobs(folder: SweepFolder) -> None:
@@ -414,19 +394,3 @@ def _executor(folder: Path, options: SlurmOptions) -> submitit.AutoExecutor:
     return submitit.AutoExecutor(
         folder, cluster="slurm", slurm_max_num_timeout=options.max_num_timeout
     )
-
-
-def _memory(options: SlurmOptions) -> str:
-    return "Slurm's default memory" if options.mem_gb is None else f"{options.mem_gb:g} GB"
-
-
-def _told(log: Path) -> str:
-    """The last line of a job's output, for an error."""
-    try:
-        return f" ({_last_line(log.read_text(errors='replace').strip())[:300]})"
-    except OSError:
-        return ""
-
-
-def _last_line(text: str) -> str:
-    return text.rpartition("\n")[2]
