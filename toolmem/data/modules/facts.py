@@ -18,7 +18,7 @@ from toolmem.data.stream import make_loader
 from toolmem.data.tables import load_population
 from toolmem.data.text.dialog_tokens import DialogTokenGenerator, Layout, Mask
 from toolmem.data.text.token_table import TokenTable
-from toolmem.data.text.unknown_first import LatestLosses, UnknownFirst
+from toolmem.data.text.unknown_first import LatestLosses, UnknownFirst, check_share
 from toolmem.data.tokenizers import Tokenizer, make_tokenizer
 from toolmem.errors import ToolmemError
 
@@ -103,16 +103,7 @@ class FactsDataModule(StatefulDataModule):
             raise ToolmemError(
                 "data.init_args.batch_size and data.init_args.n_val_questions must be at least 1"
             )
-        if not 0 <= prefer_unknown < 1:
-            raise ToolmemError(
-                f"data.init_args.prefer_unknown is {prefer_unknown}, but it is a share from 0 (off) to "
-                "below 1"
-            )
-        if prefer_unknown and num_workers:
-            raise ToolmemError(
-                "data.init_args.prefer_unknown: batches hang on training's losses, so they are made in its "
-                f"process: set data.init_args.num_workers (now {num_workers}) to 0"
-            )
+        check_share(prefer_unknown, num_workers)
         self.people = people
         self.setting = setting
         self.query: QueryLanguage = query

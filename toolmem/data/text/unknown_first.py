@@ -24,6 +24,27 @@ LAG = 2
 LEAST = 1e-6  # a weight below this is this: what is known for sure can still be drawn
 
 
+def check_share(share: float, num_workers: int) -> None:
+    """Refuse a share that cannot be, or loaders that training's losses do not reach.
+
+    Args:
+        share: of each batch that is to be drawn by loss.
+        num_workers: processes that make batches.
+
+    Raises:
+        ToolmemError: for either.
+    """
+    if not 0 <= share < 1:
+        raise ToolmemError(
+            f"data.init_args.prefer_unknown is {share}, but it is a share from 0 (off) to below 1"
+        )
+    if share and num_workers:
+        raise ToolmemError(
+            "data.init_args.prefer_unknown: batches hang on training's losses, so they are made in its "
+            f"process: set data.init_args.num_workers (now {num_workers}) to 0"
+        )
+
+
 class LatestLosses:
     """The model's latest loss on each of many dialogues, and draws by it.
 
