@@ -220,11 +220,7 @@ def draw_contours(held: Sequence[Held]) -> Figure | None:
         None where runs are too few, or lie on one line.
     """
     every = {group: at_places(runs) for group, runs in grouped(held).items()}
-    shown = {
-        group: places
-        for group, places in every.items()
-        if len(places) > 3 and all(len(set(values)) > 1 for values in zip(*places, strict=True))
-    }
+    shown = {group: places for group, places in every.items() if _spans_area(list(places))}
     if not shown:
         return None
     figure = new_figure(2.9 * 2, width=max(5.2, 3.0 * len(shown)))
@@ -242,11 +238,22 @@ def draw_contours(held: Sequence[Held]) -> Figure | None:
     return figure
 
 
+def _spans_area(places: Sequence[tuple[int, int]]) -> bool:
+    """Are there enough places to interpolate between, and not all on one line of the logarithms?"""
+    if len(places) < 4:
+        return False
+    logs = np.log(np.array(places, float))
+    return int(np.linalg.matrix_rank(logs - logs.mean(0), tol=1e-6)) == 2
+
+
 def _levels(held: Sequence[Held]) -> dict[str, np.ndarray]:
     from matplotlib.ticker import MaxNLocator
 
     worst = max(max(one.loss for one in held), 1e-3)
-    return {"recall": np.linspace(0, 1, 11), "loss": np.asarray(MaxNLocator(10).tick_values(0, worst))}
+    return {
+        "recall": np.linspace(0, 1, 11),
+        "loss": np.asarray(MaxNLocator(10).tick_values(0, worst)),
+    }
 
 
 def _contour(
@@ -259,7 +266,9 @@ def _contour(
     sizes, facts = (np.array(one, float) for one in zip(*places, strict=True))
     values = np.array([mean(runs, name) for runs in places.values()])
     colours = "viridis" if name == "recall" else "viridis_r"
-    filled = axes.tricontourf(np.log(sizes), np.log(facts), values, levels=levels, cmap=colours)
+    # interpolation may round above the last level, and leave a hole
+    closed = np.append(levels[:-1], levels[-1] + 1e-6)
+    filled = axes.tricontourf(np.log(sizes), np.log(facts), values, levels=closed, cmap=colours)
     lines = axes.tricontour(
         np.log(sizes), np.log(facts), values, levels=levels[1:-1:2], colors="white", linewidths=0.7
     )
@@ -276,7 +285,7 @@ def _contour(
     axes.set_xticks(np.log(known), [f"{n:,}" for n in known], fontsize=7.5, rotation=30)
     known = sorted({int(n) for n in facts})
     axes.set_yticks(np.log(known), [f"{n:,}" for n in known], fontsize=7.5)
-    bar = figure.colorbar(filled, ax=axes, fraction=0.05)
+    bar = figure.colorbar(filled, ax=axes, fraction=0.05, ticks=levels[::2])
     bar.ax.tick_params(labelsize=7)
     bar.set_label("recall" if name == "recall" else "loss, bits a fact", fontsize=8)
 
