@@ -22,7 +22,7 @@ help:
 	@echo "make test        set up .venv, then lint, types, contracts and the whole suite"
 	@echo "make test-quick  the same without the tests marked slow"
 	@echo "make docs        build the documentation into site/"
-	@echo "make bench       run every benchmark, about half an hour on an idle machine"
+	@echo "make bench       run every benchmark, between one and two hours on an idle machine"
 
 # An environment per set of extras: the stamp is newer than what it was made from, or it is made again.
 define install

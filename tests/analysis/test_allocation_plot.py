@@ -82,7 +82,7 @@ def test_the_answer_in_words_and_its_certainty(source):
     panel, frontier = panels(source, Request())
     text = panel.text
     assert (
-        "In_weight, budget 1k: 1 layer of width 16, 2 heads, feed-forward x 4.0, tied recalls most, 120 of "
+        "in_weight, budget 1k: 1 layer of width 16, 2 heads, feed-forward x 4.0, tied recalls most, 120 of "
         "200 facts (seeds 120 to 120); next 3 layers of width 8" in text
     )
     assert "it would lead in 100% of cases." in text

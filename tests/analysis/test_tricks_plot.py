@@ -137,7 +137,7 @@ def test_the_table_is_sorted_by_effect():
 def test_the_panels():
     forest, laws = panels(source_of(sweep(), rows()), Request())
     assert (forest.name, laws.name) == ("tricks", "tricks_effects")
-    assert "In_weight, help: good. In_weight, hurt: bad. In_tool, help: good." in forest.text
+    assert "in_weight, help: good.\nin_weight, hurt: bad.\nin_tool, help: good." in forest.text
     assert "4 of 8 comparisons show a difference" in forest.text
     assert "tokens to reach 0.9" in forest.caption
     assert len(forest.data[1]) == 60

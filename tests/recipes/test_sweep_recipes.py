@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from toolmem.cli import main
-from toolmem.cli.sweep_plan import check
+from toolmem.cli.sweep_plan import check, model_sizes
 from toolmem.data import FactsDataModule
 from toolmem.recipe_files import get_key, set_key
 from toolmem.sweeps import Results, SweepRecipe, expand
@@ -127,6 +127,23 @@ STUDY_TOKENS = 100_000 * 128 * 257  # of a run of the published study, padding a
 def test_each_sweep_is_known_here():
     """A new recipe needs an entry in CUT, or it would go untested."""
     assert {path.stem for path in FOLDER.glob("*.yaml")} == set(CUT)
+
+
+def test_every_trick_is_compared_with_the_plain_recipe():
+    """The plain recipe first; of the others each file of the tricks' folder, and nothing else."""
+    [options] = [a for a in SweepRecipe.read(FOLDER / "tricks.yaml").axes if a.name == "option"]
+    first, *others = options.values
+    tricks = {path.stem for path in FOLDER.with_name("tricks").glob("*.yaml")}
+    assert (first, set(others)) == ("plain", tricks - {"plain"})
+
+
+def test_shapes_stand_at_their_budgets():
+    """Within 2 % of the parameters that they are compared at."""
+    sweep = SweepRecipe.read(FOLDER / "allocation.yaml")
+    runs = expand(sweep, sweep.seeds[:1])
+    sizes = model_sizes(runs)
+    for run in runs:
+        assert sizes[run.name] == pytest.approx(run.settings["budget"], rel=0.02), run.name
 
 
 @pytest.mark.parametrize("name", CUT)

@@ -1,12 +1,13 @@
 """Allocation: at each budget of parameters, which shape of model stores most facts, and how sure that is.
 
-Of a sweep with ``report: {kind: allocation, x: BUDGET, best_over: [SHAPE, ...], panel: SETTING}``; heat-maps name
-shapes by the first of these axes. Layers, width, heads, feed-forward ratio and tied tables are read from each
-run's own recipe. Facts stored are the metric, a share, of the facts that there are.
+Of a sweep with ``report: {kind: allocation, x: BUDGET, best_over: [SHAPE, ...], panel: SETTING}``; heat-maps
+name shapes by the first of these axes. Layers, width, heads, feed-forward ratio and tied tables are read from
+each run's own recipe. Facts stored are the metric, a share, of the facts that there are.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -218,8 +219,8 @@ def answer(shapes: Sequence[Shape], report: ReportRecipe) -> str:
             second = group[1]
             text += f"; next {second.words()}, {second.mean:,.0f}"
             text += _certainty(group)
-        sentences.append(text[0].upper() + text[1:] + ".")
-    return " ".join(sentences)
+        sentences.append(f"{text}.")
+    return "\n".join(sentences)
 
 
 def _certainty(group: Sequence[Shape]) -> str:
@@ -275,17 +276,25 @@ def factor_table(
     for setting in dict.fromkeys(shape.setting for shape in shapes):
         here = [shape for shape in shapes if shape.setting == setting]
         for factor in FACTORS:
-            values = sorted({s.factors[factor] for s in here if s.factors[factor] is not None})
+            values = sorted({_rounded(factor, s) for s in here if s.factors[factor] is not None})
             for value in values if len(values) > 1 else ():
                 cells = [str(setting)] if settings else []
                 cells += [factor, str(value)]
                 for budget in budgets:
                     means = [
-                        s.mean for s in here if s.budget == budget and s.factors[factor] == value
+                        s.mean for s in here if s.budget == budget and _rounded(factor, s) == value
                     ]
                     cells.append(f"{max(means):,.0f}" if means else "")
                 rows.append(cells)
     return heads, rows
+
+
+def _rounded(factor: str, shape: Shape) -> Any:
+    """A choice as it is compared with others: a ratio to the next power of two."""
+    value = shape.factors[factor]
+    return (
+        value if factor != "feed-forward ratio" or value is None else 2 ** round(math.log2(value))
+    )
 
 
 def draw_maps(shapes: Sequence[Shape]) -> Figure:
@@ -325,6 +334,8 @@ def draw_maps(shapes: Sequence[Shape]) -> Figure:
         axes.tick_params(length=0)
         if setting is not None:
             axes.set_title(str(setting), loc="left", fontsize=9)
+        if axes is every[-1]:
+            axes.set_xlabel("budget of parameters", fontsize=8.5)
         bar = figure.colorbar(image, ax=axes, pad=0.02, fraction=0.05)
         bar.ax.tick_params(labelsize=7, length=2)
     return figure

@@ -13,6 +13,7 @@ from toolmem.files import atomic_path, explain_os_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 FORMATS = (".png", ".svg", ".pdf")
@@ -158,18 +159,31 @@ def label_x(
 
 
 def plain_log_y(axes: Axes, form: str = "{x:g}") -> None:
-    """A logarithmic scale upwards, its numbers written out: what is drawn often spans less than a decade.
+    """A logarithmic scale upwards, its numbers written out.
 
     Args:
         axes: to be changed.
         form: of a number ``x``.
     """
+    plain_log(axes.yaxis, form)
+
+
+def plain_log(axis: Axis, form: str = "{x:,g}") -> None:
+    """A logarithmic scale, its numbers written out: what is drawn often spans less than a decade.
+
+    Args:
+        axis: ``axes.xaxis`` or ``axes.yaxis``.
+        form: of a number ``x``.
+    """
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(StrMethodFormatter(form))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    if axis is axis.axes.xaxis:
+        axis.axes.set_xscale("log")
+    else:
+        axis.axes.set_yscale("log")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter(form))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def is_share(metric: str) -> bool:

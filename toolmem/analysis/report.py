@@ -35,7 +35,7 @@ class Panel:
         table: column heads and rows of cells, as one reads them; None for none.
         records: heads and rows of the CSV, numbers as they are; the table's when None.
         heading: above it; none when empty.
-        text: what it says in words, above the figure.
+        text: what it says in words, above the figure; of several lines each is an item.
         made: by which runs it was made, in a line.
         picture: another picture's HTML in place of the figure's, made by the library itself, not by data.
     """

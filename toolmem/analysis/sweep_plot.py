@@ -16,6 +16,7 @@ from toolmem.analysis.pictures import (
     legend_below,
     new_figure,
     places_of,
+    plain_log,
     style,
     tidy,
 )
@@ -87,7 +88,8 @@ def panels(source: Source, request: Request) -> list[Panel]:
     points = all_points(source.done, report)
     best = best_points(points, report)
     theirs = [] if request.published is None else published_of(request.published, best, recipe)
-    over = f", the best over {' and '.join(report.best_over)}" if report.best_over else ""
+    varied = [name for name in report.best_over if len(labels_of(recipe, name)) > 1]
+    over = f", the best over {' and '.join(varied)}" if varied else ""
     seeds = (
         " Means over seeds; shades from the smallest to the largest." if _several(points) else ""
     )
@@ -199,7 +201,8 @@ def draw(
     report = sweep.report
     assert report is not None
     pictures = labels_of(sweep, report.panel)
-    small = labels_of(sweep, report.x) if report.best_over and len(pictures) == 1 else []
+    varied = bool(report.best_over) and len(labels_of(sweep, report.best_over[0])) > 1
+    small = labels_of(sweep, report.x) if varied and len(pictures) == 1 else []
     columns = max(1, min(len(small), PANELS_IN_A_ROW))
     n_rows = math.ceil(len(small) / columns)
     heights = [3.1] * len(pictures) + [1.75] * n_rows
@@ -272,7 +275,7 @@ def _draw_lines(
     if column is None:
         label_x(axes, order, None if small else report.log_x, 7 if small else 9, 45 if small else 0)
     elif drawn and report.log_x is not False and min(drawn) > 0:
-        axes.set_xscale("log")
+        plain_log(axes.xaxis)
     if not small:
         axes.set_ylabel(report.metric)
     if is_share(report.metric):
@@ -285,9 +288,9 @@ def _draw_published(axes: Axes, published: Sequence[Published], sweep: SweepReci
     assert report is not None
     places, _ = places_of(labels_of(sweep, report.x))
     lines = labels_of(sweep, report.line)
-    for line in dict.fromkeys(one.line for one in published):
+    for index, line in enumerate(dict.fromkeys(one.line for one in published)):
         own = line in lines
-        look = style(lines.index(line)) if own else {"color": GREY, "marker": "o"}
+        look = style(lines.index(line)) if own else {**style(index), "color": GREY}
         found = sorted(
             ((places.get(p.x, p.x), p.value) for p in published if p.line == line),
             key=lambda pair: pair[0],
@@ -296,7 +299,8 @@ def _draw_published(axes: Axes, published: Sequence[Published], sweep: SweepReci
         label = "published" if line is None else f"{line} published"
         axes.plot(
             [x for x, _ in found], [y for _, y in found], **look, markersize=4.5,
-            markerfacecolor="white", alpha=0.55, linewidth=1.0, linestyle="--" if single else "none",
+            markerfacecolor="white", alpha=0.6 if own else 0.85, linewidth=1.0,
+            linestyle="--" if single else "none",
             label=label, zorder=2,
         )  # fmt: skip
 

@@ -281,17 +281,15 @@ def answer(effects: Sequence[Effect]) -> str:
         for verdict in ("helps", "hurts"):
             names = [str(e.option) for e in here if e.verdict == verdict]
             where = f"{setting}, " if setting is not None else ""
-            text = (
-                f"{where}{'help' if verdict == 'helps' else 'hurt'}: {', '.join(names) or 'none'}."
-            )
-            sentences.append(text[0].upper() + text[1:])
+            verb = "help" if verdict == "helps" else "hurt"
+            sentences.append(f"{where}{verb}: {', '.join(names) or 'none'}.")
     judged = [effect for effect in effects if effect.verdict != "too few pairs"]
     told = sum(effect.verdict in ("helps", "hurts") for effect in judged)
     sentences.append(
         f"{told} of {len(judged)} comparisons show a difference; of as many options without any effect, "
         f"{max(1, round(0.05 * len(judged)))} or more would by chance."
     )
-    return " ".join(sentences)
+    return "\n".join(sentences)
 
 
 HEADS = ("verdict", "recall", "tokens", "parameters", "reached", "plain reached", "pairs")
@@ -347,9 +345,10 @@ def draw_forest(effects: Sequence[Effect], reach: float) -> Figure:
     left, right = grid[-1]
     left.set_xlabel("recall, difference", fontsize=8)
     right.set_xlabel(f"tokens to reach {reach:g}, ratio", fontsize=8)
-    if any(effect.tokens.values for effect in effects):
+    ratios = [effect.tokens.mean for effect in effects if effect.tokens.values]
+    if ratios and max(ratios) > 4 * min(ratios):
         right.set_xscale("log", base=2)
-        right.xaxis.set_major_formatter("{x:g}")
+    right.xaxis.set_major_formatter("{x:g}")
     legend_below(figure, _legend(grid[0, 0]))
     return figure
 
