@@ -25,6 +25,7 @@ from toolmem.cli.inspect import inspect as inspect_recipe
 from toolmem.cli.inspect_init import inspect_init
 from toolmem.cli.plot import norms as plot_norms
 from toolmem.cli.plot import page as plot_page
+from toolmem.cli.plot_circuits import circuits as plot_circuits
 from toolmem.cli.serve import serve
 from toolmem.cli.sweep import sweep
 from toolmem.cli.tokenizer import train as tokenizer_train
@@ -205,6 +206,7 @@ def page() -> str:
     text += command("toolmem inspect init", inspect_init)
     text += command("toolmem plot", plot_page, ("folder",))
     text += command("toolmem plot norms", plot_norms, ("run",))
+    text += command("toolmem plot circuits", plot_circuits, ("run",))
     for name, (function, positional, _) in facts_cli.COMMANDS.items():
         text += command(f"toolmem facts {name}", function, tuple(positional))
     text += command("toolmem tool sql", sql, ("file", "query"))

@@ -31,7 +31,7 @@ def circuits(
     patching, ablation, logit lens, probes.
 
     Args:
-        run: the run's folder; training with --checkpointing.keep_every_n_steps 250 keeps checkpoints.
+        run: the run's folder; checkpointing.keep_every_n_steps says which checkpoints training keeps.
         dialogues: how many it is measured on.
         split: about people known from training, or unseen ones.
         out: the page, .html; circuits.html in the run's folder when left out. Its figures are written

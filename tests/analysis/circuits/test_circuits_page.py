@@ -11,7 +11,7 @@ import re
 import pytest
 import torch
 from browser import Browser, find_chromium
-from PIL import Image
+from matplotlib.image import imread
 from test_evolution import byte_model, dialogues
 
 from toolmem.analysis.circuits import head
@@ -76,9 +76,7 @@ def test_what_the_slider_moves_through(made):
     assert len(data["tokens"]) == len(given.told[0].tokens)
     assert [one["label"] for one in data["heads"]] == ["0.0", "0.1", "1.0", "1.1"]
     image = base64.b64decode(data["heads"][3]["images"][2].partition("base64,")[2])
-    pixels = torch.tensor(list(Image.open(io.BytesIO(image)).getdata())).reshape(
-        len(data["tokens"]), -1
-    )
+    pixels = (torch.from_numpy(imread(io.BytesIO(image), format="png")) * 255).round()[..., 0]
     assert torch.equal(255 - pixels.to(torch.uint8), found[2].weights[head(1, 1)])
     tables = {table["title"]: table for table in data["tables"]}
     assert list(tables) == [

@@ -243,10 +243,10 @@ def _slider(given: Material, found: Sequence[Snapshot], tokens: list[str]) -> st
 
 def _grey(weights: Tensor) -> str:
     """Weights as a picture of a pixel each, black for all."""
-    from PIL import Image
+    from matplotlib.image import imsave
 
     buffer = io.BytesIO()
-    Image.fromarray(255 - weights.numpy()).save(buffer, format="PNG", optimize=True)
+    imsave(buffer, (255 - weights)[..., None].expand(-1, -1, 3).numpy(), format="png")
     return data_uri(buffer.getvalue(), "png")
 
 

@@ -12,7 +12,7 @@ Shapes: b batch, s seq, v vocab.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -61,6 +61,11 @@ class Contrast:
         row = torch.arange(len(logits), device=logits.device)
         here = logits[row, self.at]
         return here[row, self.right] - here[row, self.wrong]
+
+    def to(self, device: torch.device) -> Contrast:
+        """The same on a device."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Contrast(**{k: None if x is None else x.to(device) for k, x in moved.items()})
 
     @property
     def differ(self) -> Tensor:
@@ -139,6 +144,7 @@ def patch_effects(
     """
     nodes = list(nodes)
     check_nodes(model, nodes)
+    contrast = contrast.to(model.embedding.weight.device)
     clean = _run(model, contrast, contrast.clean, keep=[node.point for node in nodes])
     corrupted = _run(model, contrast, contrast.corrupted)
     effect = _normalised(clean.difference, corrupted.difference)
@@ -184,6 +190,7 @@ def path_effect(
         ToolmemError: for a node that the model has not, or rows that it tells alike.
     """
     check_nodes(model, [sender, *(receivers or [])])
+    contrast = contrast.to(model.embedding.weight.device)
     held = [node for node in _adders(model) if node.point != sender.point]
     if feed_forwards:
         held = [node for node in held if ".feed_forward." not in node.point]
