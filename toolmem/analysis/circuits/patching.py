@@ -12,7 +12,7 @@ Shapes: b batch, s seq, v vocab.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -64,8 +64,10 @@ class Contrast:
 
     def to(self, device: torch.device) -> Contrast:
         """The same on a device."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Contrast(**{k: None if x is None else x.to(device) for k, x in moved.items()})
+        spans = None if self.spans is None else self.spans.to(device)
+        rows = (self.clean, self.corrupted, self.at, self.right, self.wrong)
+        clean, corrupted, at, right, wrong = (x.to(device) for x in rows)
+        return Contrast(clean, corrupted, at, right, wrong, spans)
 
     @property
     def differ(self) -> Tensor:
