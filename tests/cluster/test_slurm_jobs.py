@@ -146,13 +146,16 @@ def test_what_waits_is_told_with_slurms_reason(tmp_path):
     executor.wait(0)
     assert executor.note() == "2 in the queue (JobArrayTaskLimit 2)"
     assert executor.places() == 1
+    never = start(toy_recipe("b"), tmp_path / "never", cpus_per_task=64)
+    never.wait(0)
+    assert never.note() == "1 in the queue (PartitionConfig 1)"
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"partition": "gpus"}, "invalid partition specified: gpus"),
-        ({"cpus_per_task": 64}, "Requested node configuration is not available"),
+        ({"constraint": "avx9"}, "Invalid feature specification"),
         ({"additional_parameters": {"frobnicate": 3}}, "unrecognized option '--frobnicate=3'"),
     ],
 )
