@@ -34,6 +34,7 @@ from toolmem.analysis.capacity_tables import (
 )
 from toolmem.analysis.pictures import GREY, finite, legend_below, new_figure, style, tidy
 from toolmem.analysis.report import Panel
+from toolmem.analysis.scaling import try_fit
 from toolmem.analysis.sources import Source, SweepSource
 from toolmem.errors import ToolmemError
 
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from toolmem.analysis.page import Request
+
+LEAST_OF_BAND = 6  # runs: with fewer, resamples are mostly of the same two or three
 
 
 def applies(source: Source) -> bool:
@@ -67,7 +70,8 @@ def panels(source: Source, request: Request) -> list[Panel]:
         Panel(
             "capacity",
             "Bits learned against parameters. A point is a run; a line joins, for each size, the mean over "
-            "seeds of the population of which most was learned. Grey: 2 and 1 bits per parameter.",
+            "seeds of the population of which most was learned. Shade: the power law's 95 % band, of six "
+            "runs or more. Grey: 2 and 1 bits per parameter.",
             draw_bits(trained),
             capacity_table(trained),
             records(held),
@@ -141,7 +145,9 @@ def draw_bits(held: Sequence[Held]) -> Figure:
             [one.params_total for one in seen], [one.knowledge_bits for one in seen], s=14, alpha=0.4,
             color=look["color"], marker=look["marker"], linewidths=0, zorder=3,
         )  # fmt: skip
-        best = {n: mean(r, "knowledge_bits") for n, r in capacity(runs).items()}
+        most = capacity(runs)
+        _law_band(axes, [one for r in most.values() for one in r], look["color"])
+        best = {n: mean(r, "knowledge_bits") for n, r in most.items()}
         best = {n: bits for n, bits in best.items() if bits > 0}
         name = called(group, groups)
         if best:
@@ -162,6 +168,17 @@ def draw_bits(held: Sequence[Held]) -> Figure:
     axes.set_ylabel("bits of knowledge")
     legend_below(figure, axes)
     return figure
+
+
+def _law_band(axes: Axes, runs: Sequence[Held], colour: str) -> None:
+    """Shade where the power law of these runs lies, where they are enough to tell."""
+    law = try_fit("power", [h.params_total for h in runs], [h.knowledge_bits for h in runs])
+    if law is None or len(law.residuals) < LEAST_OF_BAND:
+        return
+    sizes = [h.params_total for h in runs]
+    along = np.geomspace(min(sizes), max(sizes), 50)
+    low, high = law.band(along)
+    axes.fill_between(along, low, high, color=colour, alpha=0.12, linewidth=0, zorder=2)
 
 
 def _log_log(axes: Axes, sizes: Sequence[int]) -> None:
