@@ -2,13 +2,16 @@
 
     python benchmarks/train.py [--quick] [--json FILE]
 
-Three questions, each answered by a ratio measured in this run, the two sides taking turns:
+Four questions, each answered by a ratio measured in this run, the two sides taking turns:
 
 - *speed-up over naive*: tokens that are not padding per second, ours over `naive_training.py`, at
   the published study's shape (2 layers, 2 heads, SwiGLU of 4 dim, untied vocabulary of 260, batches
   of 128 dialogues, 1,000 people). Ours: rows bucketed by length, head and loss only where loss is
   borne, the body compiled (with `--quick` it is not: compiling alone takes longer than the rest).
   Compilation is timed apart. Both sides are plain loops; what Lightning adds is the next figure.
+- *speed-up by fused kernels* (`model.fused`): a whole training step of the figure1 sweeps' model (Muon,
+  batches of 32 dialogues) with its blocks in C, over the same step without. In seconds of the
+  processor, which other work on the machine disturbs least.
 - *Lightning's overhead*: our trainer, with its logger and callbacks, over a bare loop of the same
   model, batches and loss.
 - *share of matmul*: 6 N FLOPs a token (N: weights in matmuls) per second, over what the machine's
@@ -46,6 +49,7 @@ from toolmem.training import (
     Constant,
     CSVLogger,
     LanguageModelModule,
+    Muon,
     Progress,
     Throughput,
 )
@@ -55,6 +59,8 @@ TEMPLATES = {"in_weight": "in_weight", "in_tool": "in_tool_long"}
 TARGETS = {
     "in_weight_speedup_over_naive": "≥ 6",
     "in_tool_speedup_over_naive": "≥ 2",
+    "in_weight_fused_speedup": "≥ 2",
+    "in_tool_fused_speedup": "≥ 2",
     "lightning_overhead": "≤ 0.10",
     "matmul_share": "≥ 0.50",
 }
@@ -78,8 +84,8 @@ def study_model(dim: int) -> Transformer:
 
 
 def make_module(model: Transformer, compile: bool = False) -> LanguageModelModule:
-    """The model with the optimizer that all sides use."""
-    return LanguageModelModule(model, AdamW(lr=1e-3), Constant(), compile=compile)
+    """The model with the optimizer that all sides use, its blocks as torch runs them."""
+    return LanguageModelModule(model, AdamW(lr=1e-3), Constant(), compile=compile, fused=False)
 
 
 class BareTraining:
@@ -95,7 +101,9 @@ class BareTraining:
         self, module: LanguageModelModule, batches: Iterator[Batch], compile: bool = False
     ) -> None:
         self.module = module
-        self.hidden = torch.compile(module.model.hidden, dynamic=True) if compile else None
+        self.hidden = (
+            torch.compile(module.model.hidden, dynamic=True) if compile else module._hidden
+        )
         self.optimizer = module.optimizer_config.build(module.model)
         self.batches = batches
 
@@ -138,6 +146,34 @@ def speedup(setting: str, dim: int, rounds: int, seconds: float, compile: bool) 
         "speedup": statistics.median(b / a for a, b in pairs),
         "first_step_s": first,
         "parameters": sum(p.numel() for p in ours.module.model.parameters()),
+    }
+
+
+def fused_speedup(setting: str, dim: int, rounds: int, steps: int) -> dict[str, Any]:
+    """A step with fused blocks over one without, in turns of ``steps`` each."""
+    sides = {}
+    for fused in (False, True):
+        torch.manual_seed(0)
+        model = Transformer(
+            260, dim, n_layers=2, n_heads=2, max_seq_len=256, feed_forward="silu", conv_width=4,
+            tie_embeddings=True, embedding_scale=True,
+        )  # fmt: skip
+        module = LanguageModelModule(model, Muon(lr=1e-2), Constant(), fused=fused)
+        data = FactsDataModule(people=64, setting=setting, batch_size=32)
+        sides[fused] = BareTraining(module, iter(data.train_dataloader()))
+    times: dict[bool, list[float]] = {False: [], True: []}
+    for index in range(rounds + 1):
+        for fused, side in sides.items():
+            began = time.process_time()
+            for _ in range(steps):
+                side.step()
+            if index:
+                times[fused].append((time.process_time() - began) / steps)
+    return {
+        "plain_ms_per_step": 1e3 * statistics.median(times[False]),
+        "fused_ms_per_step": 1e3 * statistics.median(times[True]),
+        "speedup": statistics.median(a / b for a, b in zip(*times.values(), strict=True)),
+        "parameters": sum(p.numel() for p in sides[True].module.model.parameters()),
     }
 
 
@@ -272,12 +308,17 @@ def measure(quick: bool) -> dict[str, Any]:
         for setting in TEMPLATES:
             rounds, seconds = (2, 0.8) if quick else (7, 3.0)
             details[f"{setting}_dim_{dim}"] = speedup(setting, dim, rounds, seconds, not quick)
+    for dim in (16, 32):
+        for setting in TEMPLATES:
+            rounds, steps = (2, 5) if quick else (15, 10)
+            details[f"{setting}_fused_dim_{dim}"] = fused_speedup(setting, dim, rounds, steps)
     details["lightning"] = lightning_overhead(2 if quick else 6, 25 if quick else 150)
     details["matmul"] = matmul_share(3 if quick else 10, 2 if quick else 16, compile=not quick)
     result: dict[str, Any] = {
-        f"{setting}_speedup_over_naive": min(
-            value["speedup"] for name, value in details.items() if name.startswith(setting)
+        f"{setting}_{figure}": min(
+            value["speedup"] for name, value in details.items() if name.startswith(setting + part)
         )
+        for figure, part in (("speedup_over_naive", "_dim"), ("fused_speedup", "_fused"))
         for setting in TEMPLATES
     }
     result["lightning_overhead"] = details["lightning"]["overhead"]

@@ -175,7 +175,7 @@ def test_gradients_add_up_over_passes_whose_graphs_live_at_once():
 
 def test_a_graph_that_is_kept_gives_its_gradient_again():
     model = model_of()
-    y = FusedBlocks(model, True)(torch.randint(0, 50, (3, 9))).square().sum()
+    y = FusedBlocks(model, True)(torch.randint(0, 50, (9, 9))).square().sum()
     weight = model.blocks[0].mixer.qkv.weight
     first = torch.autograd.grad(y, weight, retain_graph=True)[0]
     assert torch.equal(torch.autograd.grad(y, weight)[0], first)
@@ -183,18 +183,37 @@ def test_a_graph_that_is_kept_gives_its_gradient_again():
 
 def test_a_weight_that_has_changed_before_the_backward_pass_is_noticed():
     model = model_of()
-    y = FusedBlocks(model, True)(torch.randint(0, 50, (3, 9))).sum()
+    y = FusedBlocks(model, True)(torch.randint(0, 50, (9, 9))).sum()
     with torch.no_grad():
         model.blocks[0].mixer.qkv.weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()
 
 
+def test_weights_that_have_moved_are_found():
+    model = model_of()
+    hidden = FusedBlocks(model, True)
+    tokens = torch.randint(0, 50, (9, 9))
+    y = hidden(tokens)
+    before = torch.autograd.grad(y.sum(), model.norm.weight, retain_graph=True)[0]
+    up = model.blocks[0].feed_forward.up
+    up.weight.data = 2 * up.weight.data
+    # the graph made before goes on with the weights that there are: no worse than reading freed memory
+    y.sum().backward()
+    torch.testing.assert_close(hidden(tokens), model.hidden(tokens), rtol=1e-4, atol=1e-5)
+    model.norm.weight = nn.Parameter(3 * model.norm.weight.data)
+    torch.testing.assert_close(hidden(tokens), model.hidden(tokens), rtol=1e-4, atol=1e-5)
+    model.double()
+    found = FusedBlocks(model)
+    assert torch.equal(found(tokens), model.hidden(tokens))
+    assert before.isfinite().all()
+
+
 def test_frozen_weights_get_no_gradient():
     model = model_of(tie_embeddings=False)
     model.blocks[0].requires_grad_(False)
     model.embedding.requires_grad_(False)
-    FusedBlocks(model, True)(torch.randint(0, 50, (3, 9))).sum().backward()
+    FusedBlocks(model, True)(torch.randint(0, 50, (9, 9))).sum().backward()
     assert model.blocks[0].mixer.qkv.weight.grad is None
     assert model.blocks[1].mixer.qkv.weight.grad is not None
 
@@ -244,7 +263,7 @@ REFUSED = {
 def test_other_models_take_their_own_pass(name, monkeypatch):
     calls = spy(monkeypatch)
     model = model_of(**REFUSED[name])
-    tokens = torch.randint(0, 50, (3, 9))
+    tokens = torch.randint(0, 50, (9, 9))
     torch.manual_seed(0)
     found = FusedBlocks(model)(tokens)
     torch.manual_seed(0)
@@ -258,7 +277,7 @@ def test_passes_of_another_kind_take_the_models_own(monkeypatch):
     calls = spy(monkeypatch)
     model = model_of()
     hidden = FusedBlocks(model, True)
-    tokens = torch.randint(0, 50, (3, 9))
+    tokens = torch.randint(0, 50, (9, 9))
     hidden(tokens)
     assert len(calls) == 1
     with torch.no_grad():
@@ -275,7 +294,7 @@ def test_passes_of_another_kind_take_the_models_own(monkeypatch):
     torch.func.vjp(lambda weight: hidden(tokens), model.embedding.weight)
     assert len(calls) == 1
     with pytest.raises(ToolmemError, match="documents"):
-        hidden(tokens, documents=torch.zeros(3, 9, dtype=torch.int32))
+        hidden(tokens, documents=torch.zeros(9, 9, dtype=torch.int32))
     with (
         torch.autocast("cpu", torch.bfloat16),
         pytest.raises(ToolmemError, match=r"trainer\.precision"),
@@ -285,9 +304,21 @@ def test_passes_of_another_kind_take_the_models_own(monkeypatch):
     assert len(calls) == 2
 
 
+def test_auto_leaves_to_torch_what_torch_does_faster(monkeypatch):
+    calls = spy(monkeypatch)
+    hidden = FusedBlocks(model_of())
+    hidden(torch.randint(0, 50, (fused.FEWEST_ROWS - 1, 9)))
+    assert not calls
+    hidden(torch.randint(0, 50, (fused.FEWEST_ROWS, 9)))
+    assert len(calls) == 1
+    monkeypatch.setattr(fused, "WIDEST", 15)
+    hidden(torch.randint(0, 50, (fused.FEWEST_ROWS, 9)))
+    assert len(calls) == 1
+
+
 def test_other_weights_take_the_models_own(monkeypatch):
     calls = spy(monkeypatch)
-    tokens = torch.randint(0, 50, (3, 9))
+    tokens = torch.randint(0, 50, (9, 9))
     FusedBlocks(model_of().double())(tokens).sum().backward()
     assert not calls
     model = model_of()
@@ -303,7 +334,7 @@ def test_without_a_compiler(monkeypatch):
     calls = spy(monkeypatch)
     monkeypatch.setattr(fused, "library", lambda: None)
     model = model_of()
-    tokens = torch.randint(0, 50, (3, 9))
+    tokens = torch.randint(0, 50, (9, 9))
     assert torch.equal(FusedBlocks(model)(tokens), model.hidden(tokens))
     assert not calls
     with pytest.raises(ToolmemError, match="no C compiler"):
@@ -318,8 +349,10 @@ def test_without_a_compiler(monkeypatch):
 
 def test_a_copy_trains_the_copy():
     model = model_of()
-    both = copy.deepcopy({"model": model, "hidden": FusedBlocks(model, True)})
+    hidden = FusedBlocks(model, True)
+    hidden(torch.randint(0, 50, (9, 9)))
+    both = copy.deepcopy({"model": model, "hidden": hidden})
     assert both["hidden"].model is both["model"]
-    both["hidden"](torch.randint(0, 50, (3, 9))).sum().backward()
+    both["hidden"](torch.randint(0, 50, (9, 9))).sum().backward()
     assert both["model"].blocks[0].mixer.qkv.weight.grad is not None
     assert model.blocks[0].mixer.qkv.weight.grad is None

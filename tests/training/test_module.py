@@ -285,3 +285,20 @@ def test_terms_of_the_models_own_join_each_tokens_loss(tmp_path):
     for mine, other in zip(found, plain.parameters(), strict=True):
         torch.testing.assert_close(mine, other.grad, rtol=0, atol=1e-10)
     assert model.steps == 1
+
+
+def test_fused_and_plain_training_agree(tmp_path):
+    runs = {}
+    for fused in (True, False):
+        torch.manual_seed(0)
+        trainer = make_trainer(tmp_path, 12)
+        module = make_module(fused=fused)
+        trainer.fit(module, ToyData())
+        runs[fused] = [parameter.detach() for parameter in module.model.parameters()]
+    for fast, plain in zip(runs[True], runs[False], strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-3, atol=1e-4)
+
+
+def test_fused_and_compiled_training_are_not_both():
+    with pytest.raises(ToolmemError, match=r"model\.compile and model\.fused"):
+        make_module(compile=True, fused=True)

@@ -27,6 +27,8 @@ def test_the_quick_benchmark_writes_every_figure(tmp_path):
     figures = json.loads(file.read_text())
     assert figures["in_weight_speedup_over_naive"] > 2
     assert figures["in_tool_speedup_over_naive"] > 1
+    assert figures["in_weight_fused_speedup"] > 1
+    assert figures["in_tool_fused_speedup"] > 1
     assert -0.9 < figures["lightning_overhead"] < 2  # noise of a busy machine
     assert 0.2 < figures["matmul_share"] < 1.2
     assert figures["details"]["in_weight_dim_32"]["parameters"] == 49_568
