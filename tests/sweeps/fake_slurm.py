@@ -8,6 +8,7 @@ job, `warn` those until it is sent SIGUSR2, `kill_wait` those from SIGTERM to SI
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -27,13 +28,19 @@ def read(number):
 
 
 def write(number, **changes):
-    change(JOBS / f"{number}.json", **changes)
+    return change(JOBS / f"{number}.json", **changes)
 
 
-def change(path, **changes):
-    state = (json.loads(path.read_text()) if path.exists() else {}) | changes
-    path.with_suffix(".part").write_text(json.dumps(state))
-    path.with_suffix(".part").replace(path)
+def change(path, when=None, **changes):
+    """Change a job, if its state is one of some; False when it is not."""
+    with open(path.parent / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        state = json.loads(path.read_text()) if path.exists() else {}
+        if when is not None and state["state"] not in when:
+            return False
+        path.with_suffix(".part").write_text(json.dumps(state | changes))
+        path.with_suffix(".part").replace(path)
+        return True
 
 
 def fail(words):
@@ -74,7 +81,7 @@ def run(number):
         if states.count("RUNNING") < 2 and not (HERE / "hold").exists():
             break
         time.sleep(0.05)
-    if read(number)["state"] != "PENDING":
+    if not write(number, when=("PENDING",), state="RUNNING"):
         return
     job, _, index = number.partition("_")
     environment = os.environ | {"SLURM_JOB_ID": str(1000 + int(job) * 100 + int(index or 0))}
@@ -86,7 +93,7 @@ def run(number):
     process = subprocess.Popen(
         ["bash", str(HERE / f"{job}.sh")], env=environment, start_new_session=True
     )
-    write(number, state="RUNNING", pid=process.pid)
+    write(number, pid=process.pid)
     limit = time.monotonic() + told("limit", 1e9)
     warn = time.monotonic() + told("warn", 1e9)
     while process.poll() is None and read(number)["state"] == "RUNNING":
@@ -94,7 +101,7 @@ def run(number):
             os.killpg(process.pid, signal.SIGUSR2)
             warn = 1e99
         if time.monotonic() > limit:
-            write(number, state="TIMEOUT")
+            write(number, when=("RUNNING",), state="TIMEOUT")
         time.sleep(0.05)
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGTERM)
@@ -104,12 +111,9 @@ def run(number):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     code = process.wait()
-    state = read(number)["state"]
     write(number, pid=None)
-    if state == "RUNNING":
-        write(number, state="FAILED" if code else "COMPLETED")
-    elif state == "REQUEUED":
-        write(number, state="PENDING")
+    write(number, when=("RUNNING",), state="FAILED" if code else "COMPLETED")
+    if write(number, when=("REQUEUED",), state="PENDING"):
         start(number)
 
 
@@ -164,8 +168,7 @@ def scontrol(command, number, *more):
 
 
 def end(number, state):
-    if read(number)["state"] in ALIVE:
-        write(number, state=state)
+    write(number, when=ALIVE, state=state)
 
 
 def install(folder):

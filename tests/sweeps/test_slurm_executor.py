@@ -104,7 +104,7 @@ def in_background(recipe, out, **options):
     return thread, found
 
 
-def wait_for(what, seconds=30):
+def wait_for(what, seconds=100):
     until = time.monotonic() + seconds
     while not (found := what()):
         assert time.monotonic() < until, "nothing came"
@@ -124,7 +124,7 @@ def test_a_cancelled_job_is_a_failed_run(cluster, tmp_path):
     thread, rows = in_background(toy_recipe("wait", "b"), out)
     wait_for(lambda: len(calls(out)) == 2)
     cancel(cluster, "1_0")
-    thread.join(30)
+    thread.join(100)
     assert rows["b"]["status"] == "done"
     assert (rows["wait"]["status"], len(calls(out))) == ("failed", 2)
     assert "its job 1_0 was cancelled (scancel)" in rows["wait"]["error"]
@@ -149,7 +149,7 @@ def test_how_other_ends_are_told(cluster, tmp_path, state):
     if state == "NODE_FAIL":
         wait_for(lambda: len(calls(out)) == 2)
         (out / "go").touch()
-    thread.join(30)
+    thread.join(100)
     if state == "NODE_FAIL":
         assert rows["wait"]["status"] == "done"
     else:
@@ -184,7 +184,7 @@ def test_jobs_of_a_killed_runner_are_taken_up(cluster, tmp_path, written):
     thread, rows = in_background(toy_recipe("wait", "b", "new"), out)
     wait_for(lambda: len(arrays(cluster)) == 2)  # the new one alone
     (out / "go").touch()
-    thread.join(30)
+    thread.join(100)
     assert {act: row["status"] for act, row in rows.items()} == {
         "wait": "done", "b": "done", "new": "done",
     }  # fmt: skip
@@ -262,7 +262,7 @@ def test_a_refusal_while_others_go_on_is_tried_again(cluster, tmp_path):
     (cluster / "refuse").unlink()
     wait_for(lambda: len(calls(out)) == 3)
     (out / "go2").touch()
-    thread.join(30)
+    thread.join(100)
     assert {row["status"] for row in rows.values()} == {"done"}
     assert sorted(Counter(calls(out)).values()) == [1, 1, 1]
 
@@ -283,7 +283,7 @@ def test_a_slurm_that_does_not_answer_loses_nothing(cluster, tmp_path):
     (cluster / "silent").touch()
     wait_for(lambda: any("Slurm does not answer: slurm_load_jobs error" in n for n in notes))
     (out / "go").touch()
-    thread.join(30)
+    thread.join(100)
     assert rows["wait"]["status"] == "done"
     assert len(calls(out)) == 1
 
@@ -300,7 +300,7 @@ def test_a_job_that_squeue_has_forgotten(cluster, tmp_path, accounting):
     if not accounting:
         wait_for(lambda: len(calls(out)) == 2)
     (out / "go").touch()
-    thread.join(30)
+    thread.join(100)
     assert rows["wait"]["status"] == ("failed" if accounting else "done")
 
 
