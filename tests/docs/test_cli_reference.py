@@ -46,7 +46,7 @@ def test_the_pictures_show_loss_where_training_has_it(script):
     for setting in ("in_weight", "in_tool"):
         data = FactsDataModule(people=1, setting=setting, attributes=["birth_date"], batch_size=1)
         data.setup()
-        batch = data._generator(data.table, None, shuffle=False).batch_at(0)
+        batch = data._generator(data.table, None, training=False).batch_at(0)
         cells = script("make_figures").cells(setting)
         assert [loss for _, _, loss, _ in cells[1:]] == batch.loss_mask[0].tolist()
         assert not cells[0][2]

@@ -37,8 +37,8 @@ __getattr__, __dir__, __all__ = attach(
         "exactness_without": "toolmem.analysis.circuits.ablation",
         "mean_activations": "toolmem.analysis.circuits.ablation",
         "recall_without": "toolmem.analysis.circuits.ablation",
-        "Probed": "toolmem.analysis.circuits.probe",
-        "probe": "toolmem.analysis.circuits.probe",
-        "probe_answers": "toolmem.analysis.circuits.probe",
+        "Probed": "toolmem.analysis.circuits.probes",
+        "probe": "toolmem.analysis.circuits.probes",
+        "probe_answers": "toolmem.analysis.circuits.probes",
     },
 )

@@ -20,7 +20,7 @@ from toolmem.analysis.circuits.lens import lens_readings
 from toolmem.analysis.circuits.nodes import Node, branches, neurons
 from toolmem.analysis.circuits.patching import Contrast, contrast_copies, patch_effects
 from toolmem.analysis.circuits.points import attention_layers
-from toolmem.analysis.circuits.probe import Probed, probe_answers
+from toolmem.analysis.circuits.probes import Probed, probe_answers
 from toolmem.analysis.circuits.scores import (
     attention_weights,
     copy_scores,

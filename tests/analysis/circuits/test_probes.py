@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from toolmem.analysis.circuits import head, probe, probe_answers, tapped, tell
-from toolmem.analysis.circuits.probe import folds_of, ridge
+from toolmem.analysis.circuits.probes import folds_of, ridge
 from toolmem.data.dialogues import TemplateSet
 from toolmem.data.people import make_population
 from toolmem.data.tokenizers import ByteTokenizer
