@@ -30,6 +30,7 @@ def kept_run(tmp_path_factory):
     return folder / "tiny"
 
 
+@pytest.mark.slow
 def test_a_run_with_three_checkpoints(kept_run, tmp_path, toolmem):
     assert [path.name for path in kept(kept_run)] == [
         "step_2.ckpt",

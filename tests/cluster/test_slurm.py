@@ -273,7 +273,8 @@ def test_a_cancelled_job_stops_no_other_and_ctrl_c_leaves_them(slurm, start, tmp
     assert rows[names[0]]["steps"] > 10
     assert rows[names[1]]["status"] == "done"
     sweep = start(recipe, out, "--retry-failed", "true")
-    wait_for(lambda: len(logged(out, names[0])) > 10)
+    # the log has rows of the cancelled job too: only a job in the queue tells that the sweep is at work
+    wait_for(lambda: any("long" in job.name and not job.ended for job in jobs_of_user().values()))
     sweep.send_signal(signal.SIGINT)
     output = sweep.communicate(timeout=60)[0]
     assert sweep.returncode == 130, output
