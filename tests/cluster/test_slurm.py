@@ -272,7 +272,7 @@ def test_a_cancelled_job_stops_no_other_and_ctrl_c_leaves_them(slurm, start, tmp
     assert f"its job {number} was cancelled (scancel)" in rows[names[0]]["error"]
     assert rows[names[0]]["steps"] > 10
     assert rows[names[1]]["status"] == "done"
-    sweep = start(recipe, out, "--retry-failed", "true")
+    sweep = start(recipe, out, "--retry-failed")
     # the log has rows of the cancelled job too: only a job in the queue tells that the sweep is at work
     wait_for(lambda: any("long" in job.name and not job.ended for job in jobs_of_user().values()))
     sweep.send_signal(signal.SIGINT)
