@@ -450,8 +450,8 @@ def test_two_at_once(start, tmp_path, toolmem):
     called = toolmem("sweep", recipe, "--out", out)
     assert called.code == 2
     assert f"another sweep (process {sweep.pid}) is running" in called.err
-    os.kill(worker, signal.SIGCONT)
     sweep.send_signal(signal.SIGINT)
+    os.kill(worker, signal.SIGCONT)
     output = sweep.communicate(timeout=60)[0]
     assert sweep.returncode == 130, output
     assert "the same command goes on" in output
