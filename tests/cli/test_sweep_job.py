@@ -21,7 +21,7 @@ from toolmem.sweeps.folder import SweepFolder
 from toolmem.sweeps.slurm_options import SlurmOptions
 from toolmem.training.callbacks.preemption import SIGNALS, Preempted
 
-pytest.importorskip("submitit")
+pytest.importorskip("submitit", reason="the extra cluster is not installed: no executor to test")
 OPTIONS = SlurmOptions(timeout_min=7).over(SlurmOptions())
 
 

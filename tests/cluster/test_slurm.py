@@ -31,7 +31,7 @@ from toolmem.sweeps.folder import SweepFolder
 from toolmem.sweeps.slurm import check_no_jobs
 from toolmem.sweeps.slurm_queue import jobs_of_user
 
-pytest.importorskip("submitit")
+pytest.importorskip("submitit", reason="the extra cluster is not installed: no executor to test")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="signals and flock of Linux"),

@@ -21,7 +21,7 @@ from toolmem.sweeps.slurm import SlurmExecutor, check_no_jobs
 from toolmem.sweeps.slurm_options import SlurmOptions
 from toolmem.sweeps.slurm_queue import jobs_of_user
 
-pytest.importorskip("submitit")
+pytest.importorskip("submitit", reason="the extra cluster is not installed: no executor to test")
 pytestmark = pytest.mark.slow
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from toolmem.models import LanguageModel
 
 # What a tokenizer's name is when a recipe does not give it, in the DataModules that have one.
+POPULATION = "toolmem.data.PopulationDataModule"
 TOKENIZED = {"toolmem.data.FactsDataModule": "byte", "toolmem.data.TextDataModule": "byte"}
 
 
@@ -140,6 +141,18 @@ def init_args_of(section: Any) -> dict[str, Any]:
     return (section.get("init_args") or {}) if isinstance(section, Mapping) else {}
 
 
+def _share_tokens(members: Any) -> bool:
+    """Whether the members of a population leave the tokens of its data as they are."""
+    return (
+        isinstance(members, list)
+        and bool(members)
+        and all(isinstance(member, Mapping) for member in members)
+        and not any(
+            word in key for member in members for key in member for word in ("token", "vocab")
+        )
+    )
+
+
 def vocab_size_of(data: Any, config: str) -> int:
     """How many token ids a recipe's data has, without building the data where its options tell.
 
@@ -160,6 +173,8 @@ def vocab_size_of(data: Any, config: str) -> int:
         from toolmem.data.tokenizers import make_tokenizer
 
         return make_tokenizer(options.get("tokenizer") or TOKENIZED[path]).vocab_size
+    if path == POPULATION and _share_tokens(options.get("members")):
+        return vocab_size_of(options.get("data"), config)
     from toolmem.class_path import construct  # by its own word; this may take seconds
 
     return int(construct(path, options, {}, "data").vocab_size)
