@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 BATCHES = 4  # that tokens and FLOPs of a step are the mean of
 TIMED_STEPS = 40
+TIMED_FLOPS = (
+    5e10  # of the largest step that is timed; what costs more is reckoned from what costs less
+)
 
 
 def check(sweep: SweepRecipe) -> None:
@@ -84,8 +87,9 @@ def model_sizes(runs: Sequence[Planned]) -> dict[str, int]:
 
     sizes: dict[str, int] = {}
     by_model: dict[str, int] = {}
+    keys = model_keys(runs)
     for run in runs:
-        key = model_key(run)
+        key = keys[run.name]
         if key not in by_model:
             try:
                 model = build(run.recipe, "its recipe")
@@ -96,18 +100,36 @@ def model_sizes(runs: Sequence[Planned]) -> dict[str, int]:
     return sizes
 
 
-def model_key(run: Planned) -> str:
-    """The same for runs of the same model on data of the same shape."""
-    model = run.recipe.get("model") or {}
-    return json.dumps([model.get("model"), data_shape(run.recipe)], sort_keys=True, default=str)
+def model_keys(runs: Sequence[Planned]) -> dict[str, str]:
+    """By run, the same for runs of the same model.
+
+    Raises:
+        ToolmemError: for data that do not tell their vocabulary, naming the run.
+    """
+    from toolmem.cli.inspect_recipe import vocab_size_of
+
+    sizes: dict[str, int] = {}  # many runs have the same data
+    keys = {}
+    for run in runs:
+        shape = data_key(run.recipe)
+        if shape not in sizes:
+            try:
+                sizes[shape] = vocab_size_of(run.recipe.get("data"), "its recipe")
+            except ToolmemError as error:
+                raise ToolmemError(f"{run.name}: {error}") from error
+        section = run.recipe.get("model") or {}
+        model = [section.get("model"), section.get("init_from"), sizes[shape]]
+        keys[run.name] = json.dumps(model, sort_keys=True, default=str)
+    return keys
 
 
-def data_shape(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe's data but for its seed, which no model depends on."""
+def data_key(recipe: Mapping[str, Any]) -> str:
+    """The same for recipes whose data differ in their seed alone, which no model depends on."""
     from toolmem.recipe_files import flattened
 
     data = flattened(recipe.get("data") or {})
-    return {key: value for key, value in data.items() if key.rpartition(".")[2] != "seed"}
+    kept = {key: value for key, value in data.items() if key.rpartition(".")[2] != "seed"}
+    return json.dumps(kept, sort_keys=True, default=str)
 
 
 # ---- what it would cost
@@ -127,40 +149,43 @@ class StepCost:
 
 
 def step_costs(runs: Sequence[Planned]) -> dict[str, StepCost]:
-    """What a step of each run takes, from a few of its batches; runs alike are looked at once."""
+    """What a step of each run takes, from a few of its batches; what is alike is looked at once."""
     from toolmem.class_path import construct
     from toolmem.cli.inspect_recipe import build, init_args_of
     from toolmem.models.model_flops import ModelFlops
     from toolmem.recipe_files import get_key
     from toolmem.training.callbacks.flops import step_flops
 
+    models = model_keys(runs)
     batches: dict[str, list[Any]] = {}
-    costs: dict[str, StepCost] = {}
+    counters: dict[str, ModelFlops] = {}  # one of them learns from batch to batch
+    costs: dict[tuple[str, str], StepCost] = {}
     found = {}
     for run in runs:
-        key = model_key(run)
-        if key not in costs:
+        model, shape = models[run.name], data_key(run.recipe)
+        if (model, shape) not in costs:
             data = run.recipe["data"]
-            shape = json.dumps(data_shape(run.recipe), sort_keys=True, default=str)
             if shape not in batches:
                 module = construct(data["class_path"], init_args_of(data), {}, "data")
                 module.prepare_data()
                 module.setup("fit")
                 batches[shape] = list(islice(iter(module.train_dataloader()), BATCHES))
-            times = get_key(run.recipe, "trainer.accumulate_grad_batches", 1) / len(batches[shape])
-            flops = ModelFlops(build(run.recipe, "its recipe"))
-            tokens = sum(batch.n_tokens for batch in batches[shape])
+            if model not in counters:
+                counters[model] = ModelFlops(build(run.recipe, "its recipe"))
+            tokens = sum(batch.n_tokens for batch in batches[shape]) / len(batches[shape])
             # one batch is counted, which takes a while, and the others go by their tokens
-            counted = step_flops(flops, batches[shape][0])[0] / batches[shape][0].n_tokens
-            costs[key] = StepCost(times * tokens, times * tokens * counted)
-        found[run.name] = costs[key]
+            first = batches[shape][0]
+            counted = step_flops(counters[model], first)[0] / first.n_tokens
+            costs[model, shape] = StepCost(tokens, tokens * counted)
+        times = get_key(run.recipe, "trainer.accumulate_grad_batches", 1)
+        cost = costs[model, shape]
+        found[run.name] = StepCost(times * cost.tokens, times * cost.flops)
     return found
 
 
 def steps_of(recipe: Mapping[str, Any]) -> int | None:
     """Steps that a recipe trains: ``trainer.max_steps``, or those of its ``exposures``; None for neither."""
-    from toolmem.class_path import construct
-    from toolmem.cli.inspect_recipe import init_args_of
+    from toolmem.cli.inspect_recipe import make_data
     from toolmem.data.exposures import steps_of_exposures
     from toolmem.recipe_files import get_key
 
@@ -168,10 +193,7 @@ def steps_of(recipe: Mapping[str, Any]) -> int | None:
     if exposures is None:
         steps = get_key(recipe, "trainer.max_steps")
         return steps if isinstance(steps, int) and steps > 0 else None
-    data = recipe["data"]
-    return steps_of_exposures(
-        construct(data["class_path"], init_args_of(data), {}, "data"), exposures
-    )
+    return steps_of_exposures(make_data(recipe["data"]), exposures)
 
 
 def timed_step(run: Planned, tokens: float, threads: int) -> float:
@@ -214,13 +236,21 @@ def timed_step(run: Planned, tokens: float, threads: int) -> float:
 
 
 def seconds_by_flops(runs: Sequence[Planned], costs: Mapping[str, StepCost], threads: int) -> Any:
-    """Seconds of a step as a straight line over its FLOPs, through the cheapest and the dearest run."""
-    ends = [pick(runs, key=lambda run: costs[run.name].flops) for pick in (min, max)]
-    low, high = (costs[run.name] for run in ends)
-    first = timed_step(ends[0], low.tokens, threads)
+    """Seconds of a step as a straight line over its FLOPs, through the cheapest run and the dearest of
+    those whose step takes a moment.
+    """
+
+    def flops_of(run: Planned) -> float:
+        return costs[run.name].flops
+
+    cheapest = min(runs, key=flops_of)
+    quick = [run for run in runs if flops_of(run) <= TIMED_FLOPS]
+    dearest = max(quick, key=flops_of, default=cheapest)
+    low, high = costs[cheapest.name], costs[dearest.name]
+    first = timed_step(cheapest, low.tokens, threads)
     if high.flops <= low.flops:
-        return lambda flops: first
-    last = timed_step(ends[1], high.tokens, threads)
+        return lambda flops: first * max(1.0, flops / low.flops)
+    last = timed_step(dearest, high.tokens, threads)
     slope = (last - first) / (high.flops - low.flops)
     return lambda flops: max(first + slope * (flops - low.flops), min(first, last))
 
