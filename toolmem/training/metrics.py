@@ -62,13 +62,17 @@ class NamedMeans:
 
     def __init__(self) -> None:
         self.means: dict[str, TokenMean] = {}
+        self.process_group: Any = None  # ranks that read different data; None for all
 
     def update(self, values: Mapping[str, Tensor], count: int) -> None:
         """Add means over ``count`` tokens."""
         for name, value in values.items():
             if name not in self.means:
-                self.means[name] = TokenMean().to(value.device)
+                self.means[name] = self._new().to(value.device)
             self.means[name].update(value.detach() * count, count)
+
+    def _new(self) -> TokenMean:
+        return TokenMean(process_group=self.process_group)
 
     def take(self) -> dict[str, float]:
         """The means by name, and begin anew."""
@@ -86,7 +90,7 @@ class NamedMeans:
     ) -> None:
         """Put back what ``saved_state`` returned."""
         for name, one in state.items():
-            self.means[name] = TokenMean().to(device)
+            self.means[name] = self._new().to(device)
             restore_state(self.means[name], one, rank)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
@@ -45,6 +45,9 @@ from toolmem.training.metrics import (
 from toolmem.training.optimizers import OptimizerConfig
 from toolmem.training.schedules import Schedule
 
+if TYPE_CHECKING:
+    from toolmem.training.parallel.ranks import Ranks
+
 # Gradients are kept as sums of token losses times this until they are divided. A power of two costs
 # no precision, and keeps float16's gradients in range from the first steps on.
 SUM_SCALE = 2.0**-10
@@ -69,6 +72,8 @@ class LanguageModelModule(pl.LightningModule):
             device and the length (``auto``).
         init_from: a run's folder, or a checkpoint, whose weights training starts from; None for first
             weights. A run that goes on (``--resume``) has weights of its own.
+        sequence_parallel: under tensor parallelism (``trainer.strategy: ModelParallelStrategy``) split the
+            stream between layers over tokens too (arXiv 2205.05198), which saves memory.
     """
 
     def __init__(
@@ -81,6 +86,7 @@ class LanguageModelModule(pl.LightningModule):
         z_loss: float = 0.0,
         attention_kernel: KernelChoice = "auto",
         init_from: str | None = None,
+        sequence_parallel: bool = False,
     ) -> None:
         super().__init__()
         if z_loss < 0:
@@ -94,6 +100,8 @@ class LanguageModelModule(pl.LightningModule):
         self.optimizer_config = optimizer
         self.schedule = schedule
         self.compile_model = compile
+        self.fused = fused
+        self.sequence_parallel = sequence_parallel
         # A bound method, not a wrapped module: names in checkpoints stay as they are.
         self._hidden: Callable[..., Tensor] = model.hidden
         if compile:
@@ -109,6 +117,8 @@ class LanguageModelModule(pl.LightningModule):
         self._pending = 0  # this rank's loss-bearing tokens in the gradients gathered so far
         self._restored_gradients: dict[str, Tensor] = {}
         self._resumed = False
+        self.ranks: Ranks | None = None  # set with the processes
+        self.sharded = False  # parameters are DTensors
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As of every module, but for Lightning's note of the hook that runs, written 50 times a step:
@@ -118,6 +128,25 @@ class LanguageModelModule(pl.LightningModule):
             self.__dict__[name] = value
         else:
             super().__setattr__(name, value)
+
+    def configure_model(self) -> None:
+        """Lightning's hook, when processes have found each other: split the model over them where the
+        strategy is ``ModelParallelStrategy``.
+
+        Raises:
+            ToolmemError: for what cannot be split, naming the key.
+        """
+        if self.trainer.world_size == 1 and self.device_mesh is None:
+            return
+        from toolmem.training.parallel.setup import set_up
+
+        self.ranks = set_up(self, self.trainer)
+        if self.device_mesh is not None:
+            self.sharded = True
+            self._hidden = self.model.hidden
+        for metric in (self.train_loss, self.train_tokens, self.eval_loss, self.eval_accuracy):
+            metric.process_group = self.ranks.data_group
+        self.train_extras.process_group = self.ranks.data_group
 
     # ---- loss
 
@@ -213,17 +242,42 @@ class LanguageModelModule(pl.LightningModule):
         factor = self._sum_to_mean()
         self._pending = 0
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
-        torch._foreach_mul_([gradient for gradient in gradients if gradient is not None], factor)
+        found = [gradient for gradient in gradients if gradient is not None]
+        if self.sharded:
+            from toolmem.training.parallel.layout import local
+
+            found = [local(gradient) for gradient in found]
+        torch._foreach_mul_(found, factor)
 
     def _sum_to_mean(self) -> float | Tensor:
-        world = self.trainer.world_size
-        if world == 1:
+        ranks = self.ranks.data_size if self.ranks is not None else self.trainer.world_size
+        if ranks == 1:
             return 1 / (SUM_SCALE * max(self._pending, 1))
-        # DDP has averaged over ranks, so the world's size is multiplied back in.
-        return world / (SUM_SCALE * self._pending_over_ranks().clamp(min=1))
+        # DDP and FSDP have averaged over ranks, so their number is multiplied back in.
+        return ranks / (SUM_SCALE * self._pending_over_ranks().clamp(min=1))
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Lightning's hook; of a model that is split, the norm is that of all ranks' pieces."""
+        if not self.sharded or not gradient_clip_val or gradient_clip_algorithm == "value":
+            super().configure_gradient_clipping(
+                optimizer, gradient_clip_val, gradient_clip_algorithm
+            )
+            return
+        from toolmem.training.parallel.gradients import clip_by_norm
+
+        clip_by_norm(
+            (p for group in optimizer.param_groups for p in group["params"]), gradient_clip_val
+        )
 
     def _sum_over_ranks(self, value: Tensor) -> Tensor:
-        return self.trainer.strategy.reduce(value, reduce_op="sum")
+        """The sum over ranks that read different data."""
+        group = None if self.ranks is None else self.ranks.data_group
+        return self.trainer.strategy.reduce(value, group, reduce_op="sum")
 
     def _pending_over_ranks(self) -> Tensor:
         return self._sum_over_ranks(
@@ -234,6 +288,10 @@ class LanguageModelModule(pl.LightningModule):
         """Lightning's hook: one optimizer, its schedule stepped with it."""
         total = self.trainer.max_steps
         optimizer = self.optimizer_config.build(self.model)
+        if self.sharded:
+            from toolmem.training.parallel.layout import keep_own_order_of_optimizer
+
+            keep_own_order_of_optimizer(optimizer, self.model)
         scheduler = self.schedule.build(optimizer, total if total and total > 0 else None)
         return {
             "optimizer": optimizer,
@@ -295,8 +353,16 @@ class LanguageModelModule(pl.LightningModule):
                 rewind(self.trainer.global_step)
         for name, parameter in self.model.named_parameters():
             if name in self._restored_gradients:
-                parameter.grad = self._restored_gradients[name].to(parameter)
+                parameter.grad = self._as_gradient(name, parameter)
         self._restored_gradients = {}
+
+    def _as_gradient(self, name: str, parameter: Tensor) -> Tensor:
+        found = self._restored_gradients[name]
+        if not self.sharded:
+            return found.to(parameter)
+        from toolmem.training.parallel.layout import named_orders, spread
+
+        return spread(found.to(parameter.dtype), parameter, named_orders(self.model).get(name))
 
     # ---- evaluation
 
@@ -369,13 +435,21 @@ class LanguageModelModule(pl.LightningModule):
         if about[
             "pending_tokens"
         ]:  # in the middle of accumulation: what is gathered must not be lost
-            checkpoint["pending_gradients"] = {
-                name: self.trainer.strategy.reduce(
-                    parameter.grad.detach().clone(), reduce_op="mean"
-                )
-                for name, parameter in self.model.named_parameters()
-                if parameter.grad is not None
-            }
+            checkpoint["pending_gradients"] = self._pending_gradients()
+
+    def _pending_gradients(self) -> dict[str, Tensor]:
+        found = {
+            name: parameter.grad.detach()
+            for name, parameter in self.model.named_parameters()
+            if parameter.grad is not None
+        }
+        if not self.sharded:
+            reduce = self.trainer.strategy.reduce
+            return {name: reduce(value.clone(), reduce_op="mean") for name, value in found.items()}
+        from toolmem.training.parallel.layout import named_orders, whole
+
+        orders = named_orders(self.model)
+        return {name: whole(value, orders.get(name)) for name, value in found.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of something else; take up what ``on_save_checkpoint`` left.
@@ -399,7 +473,7 @@ class LanguageModelModule(pl.LightningModule):
             )
         if "metrics" not in about:
             raise ToolmemError(f"{path} holds weights only: training cannot go on from it")
-        rank = self.trainer.global_rank
+        rank = self.trainer.global_rank if self.ranks is None else self.ranks.data_rank
         restore_state(self.train_loss, about["metrics"]["train_loss"], rank)
         restore_state(self.train_tokens, about["metrics"]["train_tokens"], rank)
         self.train_extras.restore_state(about["metrics"].get("train_extras", {}), rank, self.device)

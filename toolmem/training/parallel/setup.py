@@ -1,0 +1,77 @@
+"""What a LightningModule does once processes have found each other: ``configure_model``."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from toolmem.errors import ToolmemError
+from toolmem.training.parallel.apply import parallelize
+from toolmem.training.parallel.ranks import Ranks
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+    from toolmem.training.module import LanguageModelModule
+
+
+def set_up(module: LanguageModelModule, trainer: pl.Trainer) -> Ranks:
+    """Make a module ready for its trainer's strategy, and say who this process is.
+
+    Args:
+        module: its model is split over ranks under ``ModelParallelStrategy``.
+        trainer: whose strategy knows the processes.
+
+    Raises:
+        ToolmemError: for options that do not go with the strategy, naming the key.
+    """
+    # It warns of every gather over two dimensions that it is two gathers.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+    mesh: DeviceMesh | None = module.device_mesh
+    ranks = Ranks.of_trainer(trainer)
+    if mesh is not None and not module.sharded:
+        check_options(module, trainer)
+        module.model.to(trainer.strategy.root_device)
+        parallelize(module.model, mesh, module.sequence_parallel)
+    elif mesh is None and module.sequence_parallel:
+        raise ToolmemError(
+            "model.sequence_parallel needs trainer.strategy: ModelParallelStrategy, with "
+            "tensor_parallel_size above 1"
+        )
+    # Each rank's own: DDP would give all of them rank zero's count of tokens by expert.
+    buffers = [name for name, _ in module.named_buffers()]
+    module._ddp_params_and_buffers_to_ignore = buffers
+    if ranks.data_rank and not module._resumed:
+        # Ranks that read different data drop different units; those that share a layer drop the same.
+        torch.manual_seed(torch.initial_seed() + ranks.data_rank)
+    return ranks
+
+
+def check_options(module: Any, trainer: pl.Trainer) -> None:
+    """Refuse what a model that is split over ranks cannot do.
+
+    Raises:
+        ToolmemError: naming the key.
+    """
+    from toolmem.training.callbacks.ema import EMA
+
+    strategy = "trainer.strategy is ModelParallelStrategy, which splits the model over ranks"
+    if type(module).__name__ in ("GRPO", "PopulationModule"):
+        raise ToolmemError(
+            f"{strategy}, and module {type(module).__name__} needs all of it in each process: use "
+            "trainer.strategy: ddp, or one process"
+        )
+    if module.fused is True:
+        raise ToolmemError(f"{strategy}: model.fused: true cannot run that; leave it out")
+    if module.compile_model:
+        raise ToolmemError(
+            f"{strategy}: model.compile: true compiles the whole model; leave it out"
+        )
+    if any(isinstance(callback, EMA) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise ToolmemError(
+            f"{strategy}, and the callback toolmem.training.EMA keeps a copy of all of it: leave EMA out "
+            "of trainer.callbacks, or use trainer.strategy: ddp"
+        )
