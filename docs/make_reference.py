@@ -70,6 +70,9 @@ This page is written by `docs/make_reference.py` from the code. `toolmem COMMAND
 An error is one plain line and exit code 2; nothing half-written stays behind. Ctrl-C gives exit code 130.
 `TOOLMEM_DEBUG=1` shows the traceback instead.
 
+With every command, `--allow_packages NAME[,NAME]` lets recipes and checkpoints name classes of these
+packages. Without it they may name those of toolmem, torch and lightning: importing a module runs it.
+
 | variable | meaning |
 |---|---|
 | `TOOLMEM_DATA` | where `TextDataModule` reads when `data.path` is not set |

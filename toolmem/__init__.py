@@ -13,6 +13,7 @@ __getattr__, __dir__, __all__ = attach(
         "load": "toolmem.run",
         "Run": "toolmem.run",
         "ToolmemError": "toolmem.errors",
+        "allow_packages": "toolmem.class_path",
     },
 )
 __all__ += ["__version__"]

@@ -11,13 +11,13 @@ Lightning keeps (weights, optimizer, loops, callbacks) it has the key ``toolmem`
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import toolmem
+from toolmem.class_path import import_class, path_of
 from toolmem.errors import ToolmemError
 from toolmem.files import atomic_path
 
@@ -34,11 +34,7 @@ WEIGHTS_PREFIX = "model."  # LanguageModelModule keeps its model under this name
 
 def class_path(instance: object) -> str:
     """The import path of an instance's class, short where the class is exported by its package."""
-    cls = type(instance)
-    package = cls.__module__.rsplit(".", 1)[0]
-    if getattr(importlib.import_module(package), cls.__name__, None) is cls:
-        return f"{package}.{cls.__name__}"
-    return f"{cls.__module__}.{cls.__qualname__}"
+    return path_of(type(instance))
 
 
 def describe(model: LanguageModel, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -263,20 +259,12 @@ def build_model(spec: Mapping[str, Any], where: str | Path) -> LanguageModel:
         where: the file or key that the spec comes from, for messages.
 
     Raises:
-        ToolmemError: when the class is unknown, is no LanguageModel, or refuses its arguments.
+        ToolmemError: when the class is unknown or not to be trusted, is no LanguageModel, or refuses its
+            arguments.
     """
     from toolmem.models import LanguageModel
 
-    module, _, name = str(spec["class_path"]).rpartition(".")
-    try:
-        cls = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ToolmemError(
-            f"{where}: the model class {spec['class_path']} cannot be imported ({error}); "
-            "install or put on the path the package that defines it"
-        ) from error
-    if not (isinstance(cls, type) and issubclass(cls, LanguageModel)):
-        raise ToolmemError(f"{where}: {spec['class_path']} is not a toolmem.models.LanguageModel")
+    cls = import_class(str(spec["class_path"]), f"{where}: the model class", LanguageModel)
     try:
         return cls(**spec["init_args"])
     except TypeError as error:

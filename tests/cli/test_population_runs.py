@@ -162,10 +162,13 @@ def test_a_bad_population_is_refused_and_leaves_nothing(change, message, toolmem
             r"data.init_args.members[0].poeple: FactsDataModule takes no",
         ),
         ({"data": {}}, "data.init_args.data must have a class_path"),
-        ({"data": {"class_path": "toolmem.data.Batch"}}, "members[0].tokens is missing"),
+        (
+            {"data": {"class_path": "toolmem.data.Batch"}},
+            "toolmem.data.Batch is not a toolmem.data.modules",
+        ),
         (
             {"data": {"class_path": "toolmem.data.ByteTokenizer"}, "members": [{}]},
-            "keeps no state of its stream",
+            "is not a toolmem.data.modules.StatefulDataModule",
         ),
     ],
 )

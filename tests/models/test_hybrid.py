@@ -83,7 +83,7 @@ def test_attention_alone_is_the_transformer():
         ),
         (
             {"pattern": ["a"], "mixers": {"a": {"class_path": "nowhere.Mixer"}}},
-            "mixers.a: cannot import 'nowhere.Mixer'",
+            "mixers.a: nowhere.Mixer is not imported",
         ),
         ({"pattern": ["mamba2"], "mixers": {"mamba2": 3}}, "mixers.mamba2 is 3"),
         ({"pattern": ["mamba1"], "feed_forward": "gulu"}, "feed_forwards: 'gulu' is unknown"),

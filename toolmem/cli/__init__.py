@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 
+from toolmem.class_path import OPTION, only_packages
 from toolmem.errors import ToolmemError
 
 # command -> (module with `main(argv)`, one line of help)
@@ -52,8 +53,32 @@ def usage() -> str:
         "usage: toolmem COMMAND [options]\n\n"
         "Should a language model store facts in its weights, or learn to ask a tool for them?\n\n"
         f"commands:\n{rows}\n\n"
-        "`toolmem COMMAND --help` explains each.\n\n" + EXAMPLES
+        "`toolmem COMMAND --help` explains each. With every command, --allow_packages NAME[,NAME] lets "
+        "recipes and\ncheckpoints name classes of your own packages.\n\n" + EXAMPLES
     )
+
+
+def split_packages(words: list[str]) -> tuple[list[str], list[str]]:
+    """Part ``--allow_packages`` from the words that are the command's own.
+
+    It is a word of the command line alone: no config may allow itself to be trusted.
+
+    Raises:
+        ToolmemError: when it has no value.
+    """
+    own: list[str] = []
+    packages: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        key, equals, value = word.partition("=")
+        if key != OPTION:
+            own.append(word)
+            continue
+        value = value if equals else next(rest, "")
+        if not value:
+            raise ToolmemError(f"{OPTION} needs the name of a package, or several parted by commas")
+        packages += value.split(",")
+    return own, packages
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,8 +96,9 @@ def main(argv: list[str] | None = None) -> int:
 
         print(f"toolmem {toolmem.__version__}")
         return 0
-    command, rest = argv[0], argv[1:]
+    command = argv[0]
     try:
+        rest, packages = split_packages(argv[1:])
         if command not in COMMANDS:
             import difflib
 
@@ -81,7 +107,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ToolmemError(
                 f"unknown command {command!r}: {hint}`toolmem --help` lists them all"
             )
-        return importlib.import_module(COMMANDS[command][0]).main(command, rest) or 0
+        with only_packages(packages):
+            return importlib.import_module(COMMANDS[command][0]).main(command, rest) or 0
     except ToolmemError as error:
         if os.environ.get("TOOLMEM_DEBUG"):
             raise

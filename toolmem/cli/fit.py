@@ -18,7 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 
 from toolmem import checkpoints
 from toolmem.class_path import import_class
-from toolmem.cli.functions import plain
+from toolmem.cli.functions import limit_imports, plain
 from toolmem.data.exposures import steps_of_exposures
 from toolmem.errors import ToolmemError
 from toolmem.files import explain_os_error, write_text
@@ -64,12 +64,7 @@ def module_class(command: str, arguments: Sequence[str] | dict[str, Any]) -> typ
     else:
         named = _named_modules(arguments)
     path = next((name for name in reversed(named) if name), MODULE)
-    kind = import_class(str(path), "module")
-    if not (isinstance(kind, type) and issubclass(kind, LanguageModelModule)):
-        raise ToolmemError(
-            f"module is {path}: it must be toolmem.training.LanguageModelModule, or made from it"
-        )
-    return kind
+    return import_class(str(path), "module", LanguageModelModule)
 
 
 def _named_modules(words: Sequence[str]) -> list[Any]:
@@ -349,6 +344,7 @@ def run(command: str, arguments: Sequence[str] | dict[str, Any]) -> ToolmemCLI:
         ToolmemError: for everything that the user can mend.
     """
     be_quiet()
+    limit_imports()
     if isinstance(arguments, dict):
         arguments = {"subcommand": command, command: arguments}
     try:

@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args, get_origin, get_type_hints
 
+from toolmem.class_path import TRUSTED, allowed_packages, refusal
 from toolmem.errors import ToolmemError
 
 
@@ -38,6 +39,7 @@ def call(
     from docstring_parser import parse as parse_docstring
     from jsonargparse import ArgumentError, ArgumentParser
 
+    limit_imports()
     doc = parse_docstring(inspect.getdoc(function) or "")
     parser = ArgumentParser(
         prog=prog,
@@ -65,6 +67,26 @@ def call(
         raise ToolmemError(f"{plain(error)}\n`{prog} --help` shows the options") from error
     values = parser.instantiate_classes(config).as_dict()
     return function(**{name: values[name] for name in parameters})
+
+
+def limit_imports() -> None:
+    """Have jsonargparse import what values name only from packages that `toolmem.class_path` trusts.
+
+    Its settings are the process's: what was allowed before, and is not any more, is refused again.
+    """
+    from jsonargparse import set_parsing_settings
+
+    allowed = {*TRUSTED, *allowed_packages()}
+    set_parsing_settings(
+        import_path_denylist=["*", *sorted(_allowed_before - allowed)],
+        import_path_allowlist=sorted(allowed),
+        # a key of any type is data: a class_path in it is made by who knows what it must be
+        instantiate_subclass_spec_in_any=False,
+    )
+    _allowed_before.update(allowed)
+
+
+_allowed_before: set[str] = set()
 
 
 def choose(
@@ -104,7 +126,11 @@ def plain(error: BaseException, words: Sequence[str] = ()) -> str:
     jsonargparse nests a line for every level it went down, and lists every type of a union that the
     value failed to be; what helps is the whole key and the innermost reason.
     """
-    reasons = dict.fromkeys(_reasons(str(error).strip().splitlines(), ""))
+    text = str(error).strip()
+    if denied := DENIED.search(text):  # whatever else the value might have been
+        keys = KEY_ANYWHERE.findall(text)
+        return _as_typed(f"{keys[0] if keys else 'a value'}: {refusal(denied['path'])}", words)
+    reasons = dict.fromkeys(_reasons(text.splitlines(), ""))
     return "; ".join(_as_typed(reason, words) for reason in reasons)
 
 
@@ -115,10 +141,12 @@ def _as_typed(reason: str, words: Sequence[str]) -> str:
     return f"{short}: {rest}" if colon and short in typed else reason
 
 
+KEY_ANYWHERE = re.compile(r"""Parser key "([^"]*)":""")
 KEY = re.compile(r"""Parser key "(?P<key>.*)":$""")
 CLASS = re.compile(r"Problem with given class_path '(?P<path>.*)':$")
 EXPECTED = re.compile(r"Expected a (?P<type>.*?)(?:\. Got value: (?P<value>.*))?$", re.DOTALL)
 NO_OPTION = re.compile(r"(?:Option|Key) '(?P<key>.*)' is not (?:accepted|expected).*")
+DENIED = re.compile(r"Importing '(?P<path>[\w.]+)' is not allowed, denied by the ")
 NO_CLASS = re.compile(r"module '(?P<module>[\w.]+)' has no attribute '(?P<name>\w+)'$")
 
 

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from toolmem.cli.functions import call, plain
+from toolmem.cli.functions import call, limit_imports, plain
 from toolmem.cli.inspect_recipe import build, read_recipe, split_changes, split_configs
 from toolmem.errors import ToolmemError
 
@@ -163,6 +163,7 @@ def optimizer_of(recipe: Mapping[str, Any], config: str) -> OptimizerConfig:
         raise ToolmemError(
             f"{config}: model.optimizer.class_path is missing: steps need an optimizer"
         )
+    limit_imports()
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--model.optimizer", type=OptimizerConfig)
     try:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolmem.cli.functions import plain
+from toolmem.cli.functions import limit_imports, plain
 from toolmem.errors import ToolmemError
 
 if TYPE_CHECKING:
@@ -175,9 +175,20 @@ def vocab_size_of(data: Any, config: str) -> int:
         return make_tokenizer(options.get("tokenizer") or TOKENIZED[path]).vocab_size
     if path == POPULATION and _share_tokens(options.get("members")):
         return vocab_size_of(options.get("data"), config)
-    from toolmem.class_path import construct  # by its own word; this may take seconds
+    return int(make_data(data).vocab_size)  # by its own word; this may take seconds
 
-    return int(construct(path, options, {}, "data").vocab_size)
+
+def make_data(data: Mapping[str, Any]) -> Any:
+    """The DataModule of a recipe's section ``data``.
+
+    Raises:
+        ToolmemError: where it names no DataModule, or one that refuses its options.
+    """
+    from lightning.pytorch import LightningDataModule
+
+    from toolmem.class_path import construct
+
+    return construct(str(data["class_path"]), init_args_of(data), {}, "data", LightningDataModule)
 
 
 def chosen_model(recipe: Mapping[str, Any], config: str) -> Mapping[str, Any]:
@@ -254,6 +265,7 @@ def build(recipe: Mapping[str, Any], config: str) -> LanguageModel:
             "model.model.init_args.vocab_size is decided by the data (its tokenizer): leave it out"
         )
     options["vocab_size"] = vocab_size_of(recipe.get("data"), config)
+    limit_imports()
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--model.model", type=LanguageModel)
     try:
@@ -261,7 +273,7 @@ def build(recipe: Mapping[str, Any], config: str) -> LanguageModel:
     except ArgumentError as error:
         raise ToolmemError(f"{config}: {plain(error)}") from error
     model = parsed.model.model
-    kind = import_class(model.class_path, "model.model.class_path")
+    kind = import_class(model.class_path, "model.model.class_path", LanguageModel)
     arguments = model.init_args.as_dict()
 
     with without_numbers():

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from toolmem.class_path import OPTION, allowed_packages
 from toolmem.cli.functions import call
 from toolmem.console import stderr, stdout
 from toolmem.errors import ToolmemError
@@ -113,7 +114,8 @@ def executor_of(
     if kind == "local":
         from toolmem.sweeps.local import LocalExecutor
 
-        return LocalExecutor(read, folder, WORKER, cores() if workers is None else workers)
+        command = (*WORKER, *(f"{OPTION}={package}" for package in allowed_packages()))
+        return LocalExecutor(read, folder, command, cores() if workers is None else workers)
     from toolmem.cli.sweep_job import SweepJob
     from toolmem.sweeps.slurm import SlurmExecutor
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolmem.class_path import allowed_packages, only_packages
+
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
 
@@ -27,6 +29,7 @@ class SweepJob:
     def __init__(self, words: Mapping[str, Any], options: SlurmOptions) -> None:
         self.words = dict(words)
         self.options = options
+        self.allowed = allowed_packages()  # of the command that submits it
 
     def __call__(self) -> None:
         """Train the run, and write its ``result.json``."""
@@ -51,7 +54,8 @@ class SweepJob:
             from toolmem.cli.sweep_worker import train
 
             torch.set_num_threads(threads)
-            train({**self.words, "preemptible": True}, threads)
+            with only_packages(self.allowed):
+                train({**self.words, "preemptible": True}, threads)
         except Preempted as asked:
             print(asked, flush=True)
             if asked.signum != signal.SIGUSR2:  # Slurm knows what it does with this job

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from toolmem.class_path import OPTION, only_packages
 from toolmem.errors import ToolmemError
 
 if TYPE_CHECKING:
@@ -160,7 +161,9 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("--cores", type=lambda text: [int(core) for core in text.split(",")])
-    cores = parser.parse_args(argv).cores
+    parser.add_argument(OPTION, action="append", default=[])
+    words = parser.parse_args(argv)
+    cores = words.cores
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # nothing but answers goes to the sweep
     orders = Orders(sys.stdin)
@@ -170,7 +173,8 @@ def main(argv: list[str] | None = None) -> int:
 
     torch.set_num_threads(len(cores))
     for job in orders:
-        train(job, len(cores))
+        with only_packages(words.allow_packages):
+            train(job, len(cores))
         gc.collect()
         orders.answered()
         answers.write(json.dumps({"name": job["name"]}) + "\n")

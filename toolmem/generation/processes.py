@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 
+from toolmem.class_path import allow_packages, allowed_packages
 from toolmem.errors import ToolmemError
 from toolmem.generation.parallel import own_places, parts_of
 from toolmem.generation.reference import failed
@@ -55,7 +56,7 @@ class Ranks:
                 share = max(1, total // n + (rank < total % n))
                 process = context.Process(
                     target=_work,
-                    args=(there, make_engine, rank, share),
+                    args=(there, make_engine, rank, share, allowed_packages()),
                     name=f"toolmem-rank-{rank}",
                     daemon=True,
                 )
@@ -169,8 +170,15 @@ class _Worker:
             self.fate = f"ended by itself (exit code {code})"
 
 
-def _work(connection: Connection, make_engine: MakeEngine, rank: int, threads: int) -> None:
+def _work(
+    connection: Connection,
+    make_engine: MakeEngine,
+    rank: int,
+    threads: int,
+    packages: tuple[str, ...],
+) -> None:
     """A rank's process: it ends when nobody is at the other end."""
+    allow_packages(*packages)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who started it
     torch.set_num_threads(threads)
     try:

@@ -136,9 +136,7 @@ def build_base(spec: Mapping[str, Any] | None, vocab_size: int) -> LanguageModel
             "give class_path and init_args"
         )
     options = {"vocab_size": vocab_size, **(spec.get("init_args") or {})}
-    base = construct(str(spec["class_path"]), options, {}, key)
-    if not isinstance(base, LanguageModel):
-        raise ToolmemError(f"{key}: {spec['class_path']} is not a toolmem.models.LanguageModel")
+    base = construct(str(spec["class_path"]), options, {}, key, LanguageModel)
     own = [name for name in SHARED if getattr(type(base), name) is not getattr(LanguageModel, name)]
     if own or isinstance(base, Drafting):
         what = f"has its own {own[0]}()" if own else "drafts already"

@@ -183,7 +183,7 @@ def make_part(
             f"{key}: {path!r} is unknown; choose one of {', '.join(shortcuts)}, or name a class by "
             f"{key}.{name}.class_path"
         )
-    return construct(path, chosen, given, f"{key}.{name}")
+    return construct(path, chosen, given, f"{key}.{name}", nn.Module)
 
 
 def _feed_forward(

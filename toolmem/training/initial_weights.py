@@ -50,8 +50,7 @@ def leaves_base_open(class_path: str, init_args: Mapping[str, Any]) -> bool:
     """Whether a model drafts for a base that its ``init_args`` do not give."""
     if init_args.get("base") is not None:
         return False
-    kind = import_class(class_path, "model.model.class_path")
-    return isinstance(kind, type) and issubclass(kind, Drafting)
+    return issubclass(import_class(class_path, "model.model.class_path"), Drafting)
 
 
 def load_initial_weights(

@@ -138,11 +138,8 @@ def changed(config: Any, changes: Mapping[str, Any], key: str) -> Any:
         ToolmemError: for an option that it does not have.
     """
     if "class_path" in changes:
-        made = construct(str(changes["class_path"]), changes.get("init_args") or {}, {}, key)
         kind = Schedule if isinstance(config, Schedule) else OptimizerConfig
-        if not isinstance(made, kind):
-            raise ToolmemError(f"{key}: {changes['class_path']} is no {kind.__name__}")
-        return made
+        return construct(str(changes["class_path"]), changes.get("init_args") or {}, {}, key, kind)
     known = [f.name for f in dataclasses.fields(config)]
     unknown = [name for name in changes if name not in known]
     if unknown:

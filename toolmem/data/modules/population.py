@@ -76,12 +76,8 @@ class PopulationDataModule(StatefulDataModule):
         self.members: list[StatefulDataModule] = []
         for number, changes in enumerate(members):
             key = f"data.init_args.members[{number}]"
-            member = construct(data["class_path"], {**base, **changes}, {}, key)
-            if not isinstance(member, StatefulDataModule):
-                raise ToolmemError(
-                    f"data.init_args.data: {data['class_path']} keeps no state of its stream: take a "
-                    "DataModule made from toolmem.data.modules.StatefulDataModule"
-                )
+            options = {**base, **changes}
+            member = construct(data["class_path"], options, {}, key, StatefulDataModule)
             if getattr(member, "prefer_unknown", 0):
                 raise ToolmemError(
                     f"{key}.prefer_unknown: members' losses are not told to their data: set it to 0, or "
