@@ -111,10 +111,10 @@ def test_what_cannot_be_shared_evenly_is_refused_by_its_key(model, key):
 
 
 @pytest.mark.parametrize("kind", [Medusa, Eagle])
-def test_models_that_draft_are_refused(kind):
+def test_models_that_draft_are_refused(mesh_of, kind):
     base = {"class_path": "toolmem.models.Transformer", "init_args": {**SIZES, "n_heads": 4}}
     with pytest.raises(ToolmemError, match="drafts for another model"):
-        plans(kind(vocab_size=SIZES["vocab_size"], base=base), Sharing(0, 2))
+        parallelize(kind(vocab_size=SIZES["vocab_size"], base=base), mesh_of(2, 1))
 
 
 @pytest.mark.parametrize("option", [{"residual_conv": 2}, {"dropout": 0.1}])

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from toolmem.training.muon import MuonAdamW
+from toolmem.training.muon import MuonAdamW, own_piece
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ def optimizer_flops(optimizer: torch.optim.Optimizer) -> OptimizerFlops:
     matmul = elementwise = 0
     for group in optimizer.param_groups:
         parameters: list[Tensor] = [p for p in group["params"] if p.requires_grad]
-        numbers = sum(p.numel() for p in parameters)
+        # of those that are split over ranks (DTensors), this rank's pieces
+        numbers = sum(own_piece(p).numel() for p in parameters)
         decay = group.get("weight_decay")  # of a population, one a member
         decays = 1 if (any(decay) if isinstance(decay, tuple) else decay) else 0
         if isinstance(optimizer, MuonAdamW) and group["kind"] == "muon":

@@ -3,8 +3,9 @@
 Unusual about it: matrices of one shape, whichever layers they are from, are
 orthogonalised together in one batched iteration, so that a step of a tiny model costs a few dozen
 kernels and not a few dozen per matrix. A parameter of more than two dimensions is a stack of
-matrices. Torch's own ``torch.optim.Muon`` takes single matrices only, and always iterates in
-bfloat16.
+matrices. Of parameters that are split over ranks the momentum is put together, as many matrices at once,
+and each rank takes its piece of the outcome. Torch's own ``torch.optim.Muon`` takes single matrices
+only, and always iterates in bfloat16.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -57,7 +59,9 @@ def orthogonalize(
     """
     a, b, c = coefficients
     m, n = matrices.shape[-2:]
-    x = matrices.to(dtype or iteration_dtype(matrices)).reshape(-1, m, n)
+    x = matrices.to(dtype or iteration_dtype(matrices)).reshape(
+        math.prod(matrices.shape[:-2]), m, n
+    )
     if m > n:
         x = x.mT
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=EPSILON)
@@ -79,6 +83,12 @@ def rate_ratio(shape: Sequence[float], adjust: AdjustRate) -> float:
     if adjust == "match_rms_adamw":
         return 0.2 * math.sqrt(max(m, n))
     return math.sqrt(max(1.0, m / n))
+
+
+def own_piece(tensor: Tensor) -> Tensor:
+    """What the rank holds of a tensor that is split (a ``DTensor``), sharing memory; of others, all."""
+    whole: Any = tensor
+    return whole.to_local() if hasattr(tensor, "placements") else tensor
 
 
 class MuonAdamW(Optimizer):
@@ -146,41 +156,63 @@ class MuonAdamW(Optimizer):
 
     def _muon(self, group: dict[str, Any], params: list[Tensor]) -> None:
         lr, momentum = float(group["lr"]), group["momentum"]
-        grads: list[Tensor] = [parameter.grad for parameter in params]  # type: ignore[misc]
+        grads = [own_piece(parameter.grad) for parameter in params]  # type: ignore[arg-type]
         buffers = []
         for parameter in params:
             state = self.state[parameter]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
-            buffers.append(state["momentum_buffer"])
+            buffers.append(own_piece(state["momentum_buffer"]))
+        pieces = [own_piece(parameter) for parameter in params]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         updates = (
             list(torch._foreach_lerp(grads, buffers, momentum)) if group["nesterov"] else buffers
         )
         if group["weight_decay"]:
-            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        for shape, members in self._batches(params).items():
-            batch = self._orthogonal([updates[i] for i in members], group["steps"])
+            torch._foreach_mul_(pieces, 1 - lr * group["weight_decay"])
+        for (shape, placements), members in self._batches(params).items():
+            found = [updates[i] for i in members]
+            like = None if placements is None else params[members[0]]
+            batch = self._orthogonal(found, group["steps"], like)
             alpha = -lr * rate_ratio(shape, group["adjust"])
-            targets = [params[i] for i in members]
+            targets = [pieces[i] for i in members]
             if batch[0].dtype == targets[0].dtype:
                 torch._foreach_add_(targets, batch, alpha=alpha)
             else:  # an update of fewer bits is multiplied in the parameter's own
                 for target, update in zip(targets, batch, strict=True):
                     target.add_(update, alpha=alpha)
 
-    def _batches(self, params: list[Tensor]) -> dict[torch.Size, list[int]]:
-        batches: dict[torch.Size, list[int]] = defaultdict(list)
+    def _batches(self, params: list[Tensor]) -> dict[tuple[torch.Size, Any], list[int]]:
+        """Numbers of parameters that are alike: of one shape, and split over ranks in one way."""
+        batches: dict[tuple[torch.Size, Any], list[int]] = defaultdict(list)
         for index, parameter in enumerate(params):
-            batches[parameter.shape].append(index)
+            batches[parameter.shape, getattr(parameter, "placements", None)].append(index)
         return batches
 
-    def _orthogonal(self, updates: list[Tensor], steps: int) -> list[Tensor]:
-        """Orthogonalise updates of one shape, as many at once as are worth it."""
-        at_once = max(1, STACK_LIMIT // max(updates[0].numel(), 1))
+    def _orthogonal(self, updates: list[Tensor], steps: int, like: Any = None) -> list[Tensor]:
+        """Orthogonalise updates of one shape, as many at once as are worth it.
+
+        Args:
+            updates: of matrices, or this rank's pieces of them.
+            steps: iterations.
+            like: a ``DTensor`` of which the updates are pieces; None where they are whole.
+        """
+        gather: Any = None
+        scatter: Any = None
+        if like is not None:
+            from toolmem.training.parallel import matrices
+
+            if not matrices.holds_whole_matrices(like):
+                gather = partial(matrices.gathered, like=like)
+                scatter = partial(matrices.own_pieces, like=like)
+        size = updates[0].numel() if like is None else like.numel()
+        at_once = max(1, STACK_LIMIT // max(size, 1))
         result: list[Tensor] = []
         for start in range(0, len(updates), at_once):
             part = updates[start : start + at_once]
+            if gather is not None:
+                result += scatter(orthogonalize(gather(part), steps, self.dtype))
+                continue
             stack = part[0].unsqueeze(0) if len(part) == 1 else torch.stack(part)
             result += orthogonalize(stack, steps, self.dtype).unbind(0)
         return result
@@ -194,13 +226,13 @@ class MuonAdamW(Optimizer):
                 state["step"] = torch.zeros((), dtype=torch.float32, device=device)
                 state["exp_avg"] = torch.zeros_like(parameter)
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
-            averages.append(state["exp_avg"])
-            squares.append(state["exp_avg_sq"])
+            averages.append(own_piece(state["exp_avg"]))
+            squares.append(own_piece(state["exp_avg_sq"]))
             steps.append(state["step"])
         beta1, beta2 = group["betas"]
         adamw(
-            params,
-            [parameter.grad for parameter in params],  # type: ignore[misc]
+            [own_piece(parameter) for parameter in params],
+            [own_piece(parameter.grad) for parameter in params],  # type: ignore[arg-type]
             averages,
             squares,
             [],

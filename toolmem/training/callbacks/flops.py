@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
@@ -15,6 +15,9 @@ from toolmem.models.multi_token import TokensAhead
 from toolmem.training.callbacks.throughput import Throughput, not_training
 from toolmem.training.flops import matmul_rate, optimizer_flops
 from toolmem.training.module import LanguageModelModule
+
+if TYPE_CHECKING:
+    from toolmem.training.parallel.ranks import Ranks
 
 COUNTS = ("tokens", "exact", "executed", "optimizer")
 
@@ -32,8 +35,9 @@ class Flops(Throughput):
       arXiv 2204.02311), ``flops/hardware_utilisation`` of those executed, the optimizer's among them.
     - ``flops/matmul_rate``: FLOPs a second of one large matmul on this machine, measured once.
 
-    Totals are over all ranks and over all of the run, whatever it was resumed from. Time is counted as
-    by ``Throughput``. An operation that has no formula is named in a warning.
+    Totals are over all ranks and over all of the run, whatever it was resumed from; of ranks that share
+    layers (tensor parallelism) the model's work is counted once. Time is counted as by ``Throughput``. An
+    operation that has no formula is named in a warning.
 
     Args:
         utilisation: measure the machine, for about a third of a second, and log utilisation.
@@ -46,6 +50,7 @@ class Flops(Throughput):
         self._reported = dict(self.totals)  # when it was last logged
         self._mine = dict.fromkeys(COUNTS, 0)  # of this rank since then
         self._timed = dict.fromkeys(COUNTS, 0)  # of this rank in the span that is timed
+        self._ranks: Ranks | None = None
         self._rate: float | None = None
         self._trainer: pl.Trainer | None = None
         self._named: set[str] = set()
@@ -55,7 +60,13 @@ class Flops(Throughput):
         super().on_train_start(trainer, pl_module)
         assert isinstance(pl_module, LanguageModelModule)
         self._trainer = trainer
+        self._ranks = pl_module.ranks
         self._flops = ModelFlops(pl_module.model)
+        if pl_module.sharded:
+            from toolmem.training.parallel.twins import shapes_of
+
+            # Of the whole model: what its ranks do adds up to it, and is not counted on each.
+            self._flops = ModelFlops(shapes_of(pl_module.model))
         found = [optimizer_flops(optimizer) for optimizer in trainer.optimizers]
         self._of_optimizer = sum(one.total for one in found)
         self._name_unknown({name: 1 for one in found for name in one.unknown})
@@ -94,7 +105,10 @@ class Flops(Throughput):
             if self._rate is None:
                 self._rate = metrics["flops/matmul_rate"] = self._measured_rate(pl_module)
             available = max(seconds, 1e-9) * self._rate
-            timed = self._timed
+            share = 1 if self._ranks is None else self._ranks.tensor_size
+            timed: dict[str, float] = dict(self._timed)
+            for name in ("exact", "executed"):
+                timed[name] /= share
             metrics["flops/utilisation"] = timed["exact"] / available
             hardware = timed["executed"] + timed["optimizer"]
             metrics["flops/hardware_utilisation"] = hardware / available
@@ -131,6 +145,9 @@ class Flops(Throughput):
     def _meet(self, device: torch.device) -> None:
         """Add what every rank has counted to the totals; every rank must call it."""
         counts = torch.tensor([self._mine[name] for name in COUNTS], dtype=torch.int64)
+        if self._ranks is not None and self._ranks.tensor_rank:
+            # The batch and the model are counted on the first of the ranks that share them.
+            counts[:-1] = 0
         if self._trainer is not None and self._trainer.world_size > 1:
             counts = self._trainer.strategy.reduce(counts.to(device), reduce_op="sum")
         for name, value in zip(COUNTS, counts.tolist(), strict=True):

@@ -17,6 +17,7 @@ from toolmem.training.module import LanguageModelModule
 
 if TYPE_CHECKING:
     from toolmem.evaluation.knowledge import Knowledge, KnowledgeTest
+    from toolmem.models import LanguageModel
 
 
 class KnowledgeProbe(pl.Callback):
@@ -118,15 +119,15 @@ class KnowledgeProbe(pl.Callback):
         assert isinstance(pl_module, LanguageModelModule)
         metrics: dict[str, float] = {}
         with not_training(trainer):
-            if self._test is not None:
-                with undisturbed(pl_module.model), averaged_weights(trainer, pl_module):
-                    metrics = self._metrics(self._test, pl_module)
+            with pl_module.whole_model() as model:
+                if self._test is not None:
+                    with undisturbed(pl_module.model), averaged_weights(trainer, pl_module):
+                        metrics = self._metrics(self._test, model)
             metrics = trainer.strategy.broadcast(metrics)
         if metrics:
             pl_module.report(metrics)
 
-    def _metrics(self, test: KnowledgeTest, module: LanguageModelModule) -> dict[str, float]:
-        model = module.model
+    def _metrics(self, test: KnowledgeTest, model: LanguageModel) -> dict[str, float]:
         size = sum(parameter.numel() for parameter in model.parameters())
         found = test.measure(model)
         metrics = {

@@ -131,6 +131,16 @@ class Activations:
         else:
             self._raise("attention_logit_max", layer, largest.new_tensor(-math.inf))
 
+    def join_units(self, over_ranks: Callable[[Tensor], Tensor]) -> None:
+        """Let the units of ranks that hold some each be one layer's.
+
+        Args:
+            over_ranks: joins vectors of all those ranks.
+        """
+        for key, value in self.maxima.items():
+            if key[0].startswith("unit "):
+                self.maxima[key] = over_ranks(value)
+
     def reduce(self, over_ranks: Callable[[Tensor, str], Tensor]) -> None:
         """Put together what all ranks have.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,6 +19,7 @@ from toolmem.training.callbacks.norm_measures import (
     Parameters,
     Row,
     changes,
+    sum_of_squares,
     sums_of_squares,
 )
 from toolmem.training.callbacks.recall import undisturbed
@@ -57,7 +60,7 @@ class NormProbe(pl.Callback):
     of its (last) batch; padding does not count, but for the units of routed experts. The model's mode
     and all random numbers are left as they were, so training goes the same way with and without it; a
     compiled body stays as it is, since the pass runs the model itself. Over ranks, sums are summed and
-    maxima taken.
+    maxima taken; parameters that are split over ranks count as a whole.
 
     Loggers get ``norms/MEASURE`` and ``norms/MEASURE/kind/KIND``; ``norms.parquet`` in the run's folder
     gets all (columns step, layer, kind, measure, value). ``toolmem plot norms RUN`` draws it.
@@ -88,6 +91,11 @@ class NormProbe(pl.Callback):
         if not self.every_n_steps:
             return
         assert isinstance(pl_module, LanguageModelModule)
+        if self.rows and pl_module.sequence_parallel:
+            raise ToolmemError(
+                "norms.rows measures activations, of which model.sequence_parallel leaves each rank some "
+                "tokens only: set norms.rows: 0, or model.sequence_parallel: false"
+            )
         self._file = NormFile(trainer.default_root_dir)
         self._parameters = Parameters(pl_module.model)
         if trainer.is_global_zero:
@@ -105,7 +113,7 @@ class NormProbe(pl.Callback):
             # Gradients are sums over tokens still: the module divides them after its callbacks.
             factor = float(pl_module._sum_to_mean())
             tensors = self._parameters.tensors
-            squares = sums_of_squares(parameter.grad for parameter in tensors)
+            squares = self._squares(pl_module, [parameter.grad for parameter in tensors])
             self._before = Before(
                 [value * factor**2 for value in squares],
                 [parameter.detach().clone() for parameter in tensors],
@@ -125,7 +133,7 @@ class NormProbe(pl.Callback):
         assert isinstance(pl_module, LanguageModelModule)
         before, self._before = self._before, None
         with not_training(trainer):
-            rows = self._parameter_rows(before)
+            rows = self._parameter_rows(pl_module, before)
             del before
             if self.rows:
                 rows += self._activation_rows(trainer, pl_module, batch)
@@ -133,12 +141,22 @@ class NormProbe(pl.Callback):
             if trainer.is_global_zero:
                 self._file.add(trainer.global_step, rows)
 
-    def _parameter_rows(self, before: Before) -> list[Row]:
+    def _squares(
+        self, module: LanguageModelModule, tensors: Iterable[Tensor | None]
+    ) -> list[float]:
+        """Sums of squares, of whole tensors where ranks hold pieces."""
+        if not module.sharded:
+            return sums_of_squares(tensors)
+        from toolmem.training.parallel.gradients import sums_of_squares_over_ranks
+
+        return sums_of_squares_over_ranks(tensors, sum_of_squares)
+
+    def _parameter_rows(self, module: LanguageModelModule, before: Before) -> list[Row]:
         parameters = self._parameters
-        old = sums_of_squares(before.weights)
-        changed = sums_of_squares(changes(parameters.tensors, before.weights))
+        old = self._squares(module, before.weights)
+        changed = self._squares(module, changes(parameters.tensors, before.weights))
         return [
-            *parameters.figures("weight", sums_of_squares(parameters.tensors)),
+            *parameters.figures("weight", self._squares(module, parameters.tensors)),
             *parameters.figures("gradient", before.gradients),
             *parameters.figures("update_ratio", changed, old),
         ]
@@ -153,6 +171,12 @@ class NormProbe(pl.Callback):
             def over_ranks(values: Tensor, how: str) -> Tensor:
                 return trainer.strategy.reduce(values, reduce_op=how)
 
+            ranks = module.ranks
+            if ranks is not None and ranks.tensor_group is not None and ranks.tensor_size > 1:
+                from toolmem.training.parallel.collectives import joined
+
+                # ranks that share layers have different units of them
+                found.join_units(partial(joined, dim=0, group=ranks.tensor_group))
             found.reduce(over_ranks)
         return found.rows(self._parameters.layer_kinds)
 

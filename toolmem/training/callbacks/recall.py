@@ -26,6 +26,7 @@ from toolmem.training.tools import write_run_facts
 
 if TYPE_CHECKING:
     from toolmem.evaluation.recall import RecallResult
+    from toolmem.models import LanguageModel
     from toolmem.tools.base import Toolbox
 
 REACHED = "recall reached"
@@ -144,8 +145,9 @@ class RecallProbe(pl.Callback):
         """One process asks; the others wait for what it found."""
         assert isinstance(pl_module, LanguageModelModule)
         metrics: dict[str, float] = {}
-        if trainer.is_global_zero:
-            metrics = self._measure(trainer, pl_module)
+        with pl_module.whole_model() as model:
+            if trainer.is_global_zero:
+                metrics = self._measure(trainer, pl_module, model)
         metrics = trainer.strategy.broadcast(metrics)
         pl_module.report(metrics)
         self._found.append((trainer.global_step, metrics["recall/exact_match"]))
@@ -176,7 +178,9 @@ class RecallProbe(pl.Callback):
         self._found = [(int(step), float(value)) for step, value in state_dict["found"]]
         self.ended = state_dict["ended"]
 
-    def _measure(self, trainer: pl.Trainer, module: LanguageModelModule) -> dict[str, float]:
+    def _measure(
+        self, trainer: pl.Trainer, module: LanguageModelModule, model: LanguageModel
+    ) -> dict[str, float]:
         from toolmem.evaluation.recall import measure_recall
 
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
@@ -185,7 +189,7 @@ class RecallProbe(pl.Callback):
         for split, questions in self._questions.items():
             with undisturbed(module.model), averaged_weights(trainer, module):
                 result = measure_recall(
-                    module.model,
+                    model,
                     tokenizer,
                     questions,
                     toolbox=self._toolbox,

@@ -64,7 +64,8 @@ class Throughput(pl.Callback):
 
     def _log(self, pl_module: pl.LightningModule) -> None:
         seconds = time.perf_counter() - self._began_at() - self._paused
-        tokens = TokenCount().to(pl_module.device)
+        ranks = getattr(pl_module, "ranks", None)
+        tokens = TokenCount(process_group=ranks and ranks.data_group).to(pl_module.device)
         tokens.update(self._tokens)
         rate = float(tokens.compute()) / max(seconds, 1e-9)
         metrics = {"throughput/tokens_per_s": rate}

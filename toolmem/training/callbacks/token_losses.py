@@ -16,6 +16,7 @@ from toolmem.training.module import LanguageModelModule
 
 if TYPE_CHECKING:
     from toolmem.evaluation.token_losses import TokenLossTest
+    from toolmem.models import LanguageModel
 
 
 class TokenLossProbe(pl.Callback):
@@ -110,16 +111,19 @@ class TokenLossProbe(pl.Callback):
         assert isinstance(pl_module, LanguageModelModule)
         metrics: dict[str, float] = {}
         with not_training(trainer):
-            if trainer.is_global_zero:
-                metrics = self._measure(trainer, pl_module)
+            with pl_module.whole_model() as model:
+                if trainer.is_global_zero:
+                    metrics = self._measure(trainer, pl_module, model)
             metrics = trainer.strategy.broadcast(metrics)
             pl_module.report(metrics)
 
-    def _measure(self, trainer: pl.Trainer, module: LanguageModelModule) -> dict[str, float]:
+    def _measure(
+        self, trainer: pl.Trainer, module: LanguageModelModule, model: LanguageModel
+    ) -> dict[str, float]:
         metrics: dict[str, float] = {}
         with undisturbed(module.model), averaged_weights(trainer, module):
             for split, test in self._tests.items():
-                for kind, found in test.measure(module.model).items():
+                for kind, found in test.measure(model).items():
                     metrics[f"loss/{split}/{kind}"] = found.loss
                     metrics[f"accuracy/{split}/{kind}"] = found.accuracy
         return metrics

@@ -7,6 +7,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from toolmem.errors import ToolmemError
 from toolmem.models import LanguageModel
+from toolmem.models.drafting import Drafting
 from toolmem.training.parallel.layout import keep_own_order
 from toolmem.training.parallel.ranks import DATA, TENSOR
 from toolmem.training.parallel.tensor import apply_tensor_parallel, stacks
@@ -24,6 +25,11 @@ def parallelize(model: LanguageModel, mesh: DeviceMesh, sequence_parallel: bool 
     Raises:
         ToolmemError: for what cannot be split, naming the key.
     """
+    if isinstance(model, Drafting):
+        raise ToolmemError(
+            "trainer.strategy is ModelParallelStrategy, and model.model drafts for another model (Medusa, "
+            "EAGLE): its heads cannot be split over ranks; use trainer.strategy: ddp"
+        )
     data, tensor = mesh[DATA], mesh[TENSOR]
     if sequence_parallel and tensor.size() == 1:
         raise ToolmemError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -60,3 +60,24 @@ def scale(gradients: list[Tensor], factor: float | Tensor) -> None:
     if isinstance(factor, Tensor):
         factor = factor.float() if factor.device.type == "mps" else factor
     torch._foreach_mul_([local(gradient) for gradient in gradients], factor)
+
+
+def sums_of_squares_over_ranks(
+    tensors: Iterable[Tensor | None], square: Callable[[Tensor], Tensor]
+) -> list[float]:
+    """Of each tensor as a whole, its sum of squares; 0 for None. Every rank must call it.
+
+    Args:
+        tensors: ``DTensor``s of meshes that have every rank.
+        square: the sum of squares of one piece, a scalar.
+    """
+    shares = [
+        None if tensor is None else square(local(tensor)) / copies(tensor) for tensor in tensors
+    ]
+    there = [value for value in shares if value is not None]
+    if not there:
+        return [0.0] * len(shares)
+    total = torch.stack(there)
+    dist.all_reduce(total)
+    values = iter(total.tolist())
+    return [0.0 if value is None else next(values) for value in shares]

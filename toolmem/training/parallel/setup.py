@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from toolmem.errors import ToolmemError
+from toolmem.models.attention import Attention
 from toolmem.training.parallel.apply import parallelize
 from toolmem.training.parallel.ranks import Ranks
 
@@ -41,13 +44,24 @@ def set_up(module: LanguageModelModule, trainer: pl.Trainer) -> Ranks:
             "model.sequence_parallel needs trainer.strategy: ModelParallelStrategy, with "
             "tensor_parallel_size above 1"
         )
-    # Each rank's own: DDP would give all of them rank zero's count of tokens by expert.
-    buffers = [name for name, _ in module.named_buffers()]
-    module._ddp_params_and_buffers_to_ignore = buffers
+    # DDP would give all ranks rank zero's buffers, the count of tokens by expert among them; and it waits
+    # for a gradient of every parameter.
+    ignored = [*(name for name, _ in module.named_buffers()), *never_used(module)]
+    module._ddp_params_and_buffers_to_ignore = ignored
     if ranks.data_rank and not module._resumed:
         # Ranks that read different data drop different units; those that share a layer drop the same.
         torch.manual_seed(torch.initial_seed() + ranks.data_rank)
     return ranks
+
+
+def never_used(module: nn.Module) -> list[str]:
+    """Names of parameters that no loss depends on: the first layer has no earlier values to mix in."""
+    found = (
+        f"{name}.value_mix" if name else "value_mix"
+        for name, part in module.named_modules()
+        if isinstance(part, Attention) and part.value_mix is not None
+    )
+    return list(itertools.islice(found, 1))
 
 
 def check_options(module: Any, trainer: pl.Trainer) -> None:
@@ -68,7 +82,7 @@ def check_options(module: Any, trainer: pl.Trainer) -> None:
         raise ToolmemError(f"{strategy}: model.fused: true cannot run that; leave it out")
     if module.compile_model:
         raise ToolmemError(
-            f"{strategy}: model.compile: true compiles the whole model; leave it out"
+            f"{strategy}: model.compile has not been made to go with that; leave it out"
         )
     if any(isinstance(callback, EMA) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         raise ToolmemError(

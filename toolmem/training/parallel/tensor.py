@@ -12,7 +12,6 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from toolmem.errors import ToolmemError
 from toolmem.models import LanguageModel
-from toolmem.models.drafting import Drafting
 from toolmem.models.layers import Block
 from toolmem.training.parallel.collectives import enter, join, leave
 from toolmem.training.parallel.layout import place
@@ -32,11 +31,6 @@ def plans(model: LanguageModel, sharing: Sharing) -> dict[nn.Module, Plan]:
     Raises:
         ToolmemError: for what cannot be shared evenly, naming the key.
     """
-    if isinstance(model, Drafting):
-        raise ToolmemError(
-            "tensor_parallel_size is above 1, and model.model drafts for another model (Medusa, EAGLE): "
-            "its heads cannot be split; set trainer.strategy.init_args.tensor_parallel_size: 1"
-        )
     return {
         branch: plan_of(branch, sharing)
         for stack in stacks(model)
