@@ -151,6 +151,7 @@ class Tally:
     Args:
         forward: FLOPs outside of a backward pass.
         backward: FLOPs in one.
+        recomputed: FLOPs in one that were done before, by blocks that are run again (``recompute.py``).
         unknown: operations without a formula that are not known to be free: name -> calls.
         groups: ``forward`` by ``parameter_group`` of the module around.
         pairs: attention, where it is told apart; then it is not in the above.
@@ -159,6 +160,7 @@ class Tally:
 
     forward: int = 0
     backward: int = 0
+    recomputed: int = 0
     unknown: Counter[str] = field(default_factory=Counter)
     groups: Counter[str] = field(default_factory=Counter)
     pairs: list[PairCount] = field(default_factory=list)

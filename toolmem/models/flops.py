@@ -6,7 +6,8 @@ Two figures are told apart:
   tokens that may see each other (a causal row of n tokens has n (n + 1) / 2), a recurrence token by
   token, nothing is computed twice.
 - **executed**: what the machine is given to do. Padding is multiplied like everything else, attention
-  over whole blocks, a recurrence by chunks, and their backward passes compute the scores again.
+  over whole blocks, a recurrence by chunks, and their backward passes compute the scores again. So do
+  blocks that are checkpointed (``recompute.py``) with all that they are made of.
 
 ``FlopCounter`` counts code that really runs, ``model_flops.py`` a model without running it. An
 architecture whose work is not all matmuls says so by ``register_flops``. The convention of what counts
@@ -26,6 +27,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch._library.simple_registry import singleton
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -38,6 +40,7 @@ from toolmem.models.flop_formulas import (
     is_free,
 )
 from toolmem.models.flop_work import PairCount, PairWork, Tally, Work, attention_work
+from toolmem.models.recomputing import recomputing
 
 T = TypeVar("T")
 
@@ -148,7 +151,9 @@ class FlopCounter(TorchDispatchMode):
         return result
 
     def _add(self, flops: int) -> None:
-        if torch._C._current_graph_task_id() != -1:  # in a backward pass
+        if recomputing():
+            self.tally.recomputed += flops
+        elif torch._C._current_graph_task_id() != -1:  # in a backward pass
             self.tally.backward += flops
         else:
             self.tally.forward += flops
@@ -163,7 +168,9 @@ class FlopCounter(TorchDispatchMode):
         # Nobody has said what tokens it is over: causal, over all of the row.
         work = attention_work(call.queries, call.values)
         pair = PairCount(self.groups[-1], 0, call.skips, call.queries.shape[2])
-        if func._overloadpacket in ATTENTION:
+        if recomputing():
+            pair = replace(pair, executed_backward=flops)
+        elif func._overloadpacket in ATTENTION:
             pair = replace(pair, forward=work.forward, executed_forward=flops)
             if call.masked:
                 self.tally.unknown[f"{func._schema.name} with a mask, taken for causal"] += 1
@@ -190,6 +197,9 @@ class FlopCounter(TorchDispatchMode):
             apart = self._call_apart if self.apart else None
             return apart(function, work, args, kwargs) if apart else function(*args, **kwargs)
         work = Work(work) if isinstance(work, int) else work
+        if recomputing():
+            self.tally.recomputed += work.forward
+            return function(*args, **kwargs)
         self.tally.forward += work.forward
         self.tally.groups[self.groups[-1]] += work.forward
         if torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(args, kwargs)):
@@ -214,30 +224,34 @@ class FlopCounter(TorchDispatchMode):
         outer, self.tally, self.apart = self.tally, Tally(unknown=self.tally.unknown), False
         wanted = [x for x in inputs if x.requires_grad]
         grads: tuple[Tensor | None, ...] = ()
+        again = recomputing()
         try:
             with ExitStack() as stack:
+                # nothing of it is wanted again, so a checkpointed block around has no say in it
+                stack.enter_context(saved_tensors_hooks(lambda x: x, lambda x: x))
                 for module in modules:
                     own = {name: leaf(p) for name, p in module.named_parameters()}
                     stack.enter_context(_reparametrize_module(module, own))
                 found = function(*map(leaf, args), **{name: leaf(x) for name, x in kwargs.items()})
             first, *others = found if isinstance(found, tuple) else (found,)
+            spent = self.tally.recomputed
             if first.requires_grad:
                 zeros = torch.zeros_like(first)
                 grads = torch.autograd.grad(first, [*map(leaf, wanted)], zeros, allow_unused=True)
         finally:
             inner, self.tally, self.apart = self.tally, outer, True
-        self.tally.pairs.append(
-            PairCount(
-                self.groups[-1],
-                work.window,
-                inner.skips,
-                work.seq,
-                work.forward,
-                work.gradient if first.requires_grad else 0,
-                inner.forward,
-                inner.backward,
+        pair = PairCount(self.groups[-1], work.window, inner.skips, work.seq)
+        if again:
+            pair = replace(pair, executed_backward=spent)
+        else:
+            pair = replace(
+                pair,
+                forward=work.forward,
+                backward=work.gradient if first.requires_grad else 0,
+                executed_forward=inner.forward,
+                executed_backward=inner.backward,
             )
-        )
+        self.tally.pairs.append(pair)
         used = [x for x, grad in zip(wanted, grads, strict=False) if grad is not None]
         stand_in = StandIn.apply(first.detach(), *used)
         return (stand_in, *(x.detach() for x in others)) if others else stand_in

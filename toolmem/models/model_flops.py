@@ -49,6 +49,7 @@ class BodyCount:
             predict more tokens are here too, whose rows are shorter.
         groups: ``forward`` by ``parameter_group``.
         unknown: operations that are not counted: name -> calls.
+        recomputed: what checkpointed blocks (``recompute.py``) do again, attention apart; executed only.
     """
 
     rows: int
@@ -58,6 +59,7 @@ class BodyCount:
     pairs: tuple[PairCount, ...]
     groups: dict[str, int] = field(default_factory=dict)
     unknown: dict[str, int] = field(default_factory=dict)
+    recomputed: int = 0
 
     def at(self, rows: int, seq: int) -> BodyCount:
         """What this would be at another shape if it grew with the tokens, and attention with pairs."""
@@ -68,6 +70,7 @@ class BodyCount:
             seq=seq,
             forward=int(self.forward * share),
             backward=int(self.backward * share),
+            recomputed=int(self.recomputed * share),
             pairs=tuple(
                 pair.at(Fraction(rows, self.rows), seq - (self.seq - pair.seq))
                 for pair in self.pairs
@@ -78,7 +81,8 @@ class BodyCount:
 
     def same_work(self, other: BodyCount) -> bool:
         """Are the FLOPs equal?"""
-        return self.same_mathematics(other) and set(self.pairs) == set(other.pairs)
+        executed = (self.recomputed, set(self.pairs)) == (other.recomputed, set(other.pairs))
+        return executed and self.same_mathematics(other)
 
     def same_mathematics(self, other: BodyCount) -> bool:
         """Are the exact FLOPs equal, whatever was executed?"""
@@ -108,7 +112,8 @@ class BodyCount:
 
     def executed(self) -> int:
         """What the machine is given to do, forward and backward."""
-        return self.forward + self.backward + sum(pair.executed for pair in self.pairs)
+        done_once = self.forward + self.backward
+        return done_once + self.recomputed + sum(pair.executed for pair in self.pairs)
 
 
 def seen_pairs(lengths: Tensor, window: int = 0) -> int:
@@ -270,6 +275,7 @@ class ModelFlops:
                 tuple(merged(tally.pairs)),
                 dict(tally.groups),
                 dict(tally.unknown),
+                tally.recomputed,
             )
         return self._counted[key]
 
@@ -351,20 +357,41 @@ def _states(
     return found
 
 
-class _Caller(nn.Module):
-    """Lets ``functional_call`` reach any method of a model."""
+class _CallAndGradients(nn.Module):
+    """Lets ``functional_call`` reach any method of a model, and its gradients while it has stand-ins:
+    blocks that are checkpointed are run again then.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, call: Callable[..., Any], like: Callable[..., Tensor]) -> Any:
-        return call(self.model, like)
+    def forward(
+        self,
+        call: Callable[..., list[Tensor]],
+        like: Callable[..., Tensor],
+        wanted: list[Tensor],
+    ) -> None:
+        found = [tensor for tensor in call(self.model, like) if tensor.requires_grad]
+        zeros = [torch.zeros_like(tensor) for tensor in found]
+        if found and wanted:
+            torch.autograd.grad(found, wanted, zeros, allow_unused=True)
 
 
-def _counted(model: LanguageModel, call: Call, real: bool) -> Tally:
-    """Run ``call`` and its backward pass on stand-ins for the model's parameters."""
-    device = model.embedding.weight.device
+def stand_ins(
+    caller: nn.Module, real: bool
+) -> tuple[dict[str, Tensor], Callable[..., Tensor], list[Tensor]]:
+    """Tensors in place of a module's own, for ``functional_call``.
+
+    Args:
+        caller: a module, the model in it.
+        real: with numbers, on the model's device; else with shapes alone.
+
+    Returns:
+        by name, parameters and buffers; ``like(*shape, dtype=..., learns=False)``, which makes inputs;
+        those that gradients are wanted of.
+    """
+    device = next(caller.parameters()).device
     if real and device.type == "meta":
         device = torch.device("cpu")
 
@@ -379,7 +406,6 @@ def _counted(model: LanguageModel, call: Call, real: bool) -> Tally:
             new = tensor.detach() if learns else tensor.detach().clone()
         return new.requires_grad_(learns)
 
-    caller = _Caller(model)
     tensors = {name: stand_in(p, p.requires_grad) for name, p in caller.named_parameters()}
     tensors |= {name: stand_in(buffer, False) for name, buffer in caller.named_buffers()}
     wanted = [tensor for tensor in tensors.values() if tensor.requires_grad]
@@ -390,15 +416,18 @@ def _counted(model: LanguageModel, call: Call, real: bool) -> Tally:
             wanted.append(new)
         return new
 
+    return tensors, like, wanted
+
+
+def _counted(model: LanguageModel, call: Call, real: bool) -> Tally:
+    """Run ``call`` and its backward pass on stand-ins for the model's parameters."""
+    caller = _CallAndGradients(model)
+    tensors, like, wanted = stand_ins(caller, real)
     with ExitStack() as stack:
         counter = stack.enter_context(FlopCounter(apart=True))
         for handle in follow_groups(counter, model):
             stack.callback(handle.remove)
-        found = functional_call(caller, tensors, (call, like))
-        found = [tensor for tensor in found if tensor.requires_grad]
-        zeros = [torch.zeros_like(tensor) for tensor in found]
-        if found and wanted:
-            torch.autograd.grad(found, wanted, zeros, allow_unused=True)
+        functional_call(caller, tensors, (call, like, wanted))
     return counter.tally
 
 

@@ -13,8 +13,7 @@ Unusual about it:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -32,9 +31,11 @@ from toolmem.data.batch import Batch
 from toolmem.errors import ToolmemError
 from toolmem.models import LanguageModel
 from toolmem.models.context import Extras
-from toolmem.models.fused_training import FusedBlocks, FusedChoice
+from toolmem.models.fused_training import FusedChoice
 from toolmem.models.kernel_choice import KernelChoice
+from toolmem.models.recompute import ActivationCheckpointing
 from toolmem.training import compatibility
+from toolmem.training.body import Compilations, CompileChoice, training_body
 from toolmem.training.initial_weights import load_initial_weights
 from toolmem.training.metrics import (
     NamedMeans,
@@ -61,8 +62,10 @@ class LanguageModelModule(pl.LightningModule):
         model: the model.
         optimizer: what trains it (``toolmem.training.Muon``, ``AdamW``).
         schedule: of its learning rate (``toolmem.training.Cosine``, ``WSD``, ...).
-        compile: compile the model's body for training, once for all lengths; takes some tens of
-            seconds at the first step, so it pays in long runs only.
+        compile: compile the model's body for training, once for all lengths: all of it (``true``), or
+            each block by itself (``blocks``), which takes the time of one for any number of layers. Takes
+            some tens of seconds at the first step, so it pays in long runs only; ``compile/graphs`` is
+            logged.
         fused: run the blocks of a small plain Transformer on a CPU by one call of C each way, which is
             much faster and equal to rounding: where it can and pays (``auto``), or refuse what cannot
             (``true``).
@@ -73,6 +76,8 @@ class LanguageModelModule(pl.LightningModule):
             device and the length (``auto``).
         init_from: a run's folder, or a checkpoint, whose weights training starts from; None for first
             weights. A run that goes on (``--resume``) has weights of its own.
+        activation_checkpointing: which blocks keep little for the backward pass and compute it again;
+            None for none.
         sequence_parallel: under tensor parallelism (``trainer.strategy: ModelParallelStrategy``) split the
             stream between layers over tokens too (arXiv 2205.05198), which saves memory.
     """
@@ -82,18 +87,17 @@ class LanguageModelModule(pl.LightningModule):
         model: LanguageModel,
         optimizer: OptimizerConfig,
         schedule: Schedule,
-        compile: bool = False,
+        compile: CompileChoice = False,
         fused: FusedChoice = "auto",
         z_loss: float = 0.0,
         attention_kernel: KernelChoice = "auto",
         init_from: str | None = None,
+        activation_checkpointing: ActivationCheckpointing | None = None,
         sequence_parallel: bool = False,
     ) -> None:
         super().__init__()
         if z_loss < 0:
             raise ToolmemError(f"model.z_loss is {z_loss}: it must be 0 (off) or more")
-        if compile and fused is True:
-            raise ToolmemError("model.compile and model.fused are both true: leave one of them out")
         self.z_loss = z_loss
         self.init_from = init_from
         model.use_attention(attention_kernel)
@@ -103,12 +107,9 @@ class LanguageModelModule(pl.LightningModule):
         self.compile_model = compile
         self.fused = fused
         self.sequence_parallel = sequence_parallel
-        # A bound method, not a wrapped module: names in checkpoints stay as they are.
-        self._hidden: Callable[..., Tensor] = model.hidden
-        if compile:
-            self._hidden = torch.compile(model.hidden, dynamic=True)
-        elif fused:
-            self._hidden = FusedBlocks(model, fused)
+        self.checkpointing = activation_checkpointing or ActivationCheckpointing()
+        self._hidden = training_body(model, compile, fused, self.checkpointing)
+        self._compilations = Compilations() if compile else None
         self.train_loss = TokenMean()
         self.train_tokens = TokenCount()
         self.train_extras = NamedMeans()
@@ -120,7 +121,6 @@ class LanguageModelModule(pl.LightningModule):
         self._resumed = False
         self.ranks: Ranks | None = None  # set with the processes
         self.sharded = False  # parameters are DTensors
-        self._class_path: str | None = None  # of the model, before FSDP gives it a class of its own
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As of every module, but for Lightning's note of the hook that runs, written 50 times a step:
@@ -142,7 +142,6 @@ class LanguageModelModule(pl.LightningModule):
             return
         from toolmem.training.parallel.setup import set_up
 
-        self._class_path = self._class_path or checkpoints.class_path(self.model)
         self.ranks = set_up(self, self.trainer)
         if self.device_mesh is not None:
             self.sharded = True
@@ -322,7 +321,8 @@ class LanguageModelModule(pl.LightningModule):
             "train/learning_rate": float(scheduler.get_last_lr()[0]),
         }
         self.train_loss.reset()
-        self.report(metrics | self.train_extras.take())
+        compilations = {} if self._compilations is None else self._compilations.metrics()
+        self.report(metrics | compilations | self.train_extras.take())
 
     def report(self, metrics: Mapping[str, float]) -> None:
         """Send metrics to the loggers at the run's own step: optimizer steps taken.
@@ -366,16 +366,6 @@ class LanguageModelModule(pl.LightningModule):
         from toolmem.training.parallel.layout import named_orders, spread
 
         return spread(found.to(parameter.dtype), parameter, named_orders(self.model).get(name))
-
-    @contextmanager
-    def whole_model(self) -> Iterator[LanguageModel]:
-        """The model for rank zero to use by itself; every rank must come here, the others to wait."""
-        if not self.sharded:
-            yield self.model
-            return
-        from toolmem.training.parallel.twins import gathered_model
-
-        yield gathered_model(self.model, keep=self.trainer.is_global_zero) or self.model
 
     # ---- evaluation
 
@@ -425,10 +415,7 @@ class LanguageModelModule(pl.LightningModule):
         return datamodule.checkpoint_info() if hasattr(datamodule, "checkpoint_info") else {}
 
     def _about(self) -> dict[str, Any]:
-        about = checkpoints.describe(self.model, self._data_info())
-        if self._class_path is not None:
-            about["model"]["class_path"] = self._class_path
-        return about | {
+        return checkpoints.describe(self.model, self._data_info()) | {
             "optimizer": compatibility.describe(self.optimizer_config),
             "schedule": compatibility.describe(self.schedule),
         }
