@@ -13,7 +13,8 @@ Unusual about it:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -121,6 +122,7 @@ class LanguageModelModule(pl.LightningModule):
         self._resumed = False
         self.ranks: Ranks | None = None  # set with the processes
         self.sharded = False  # parameters are DTensors
+        self._class_path: str | None = None  # of the model, before FSDP gives it a class of its own
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As of every module, but for Lightning's note of the hook that runs, written 50 times a step:
@@ -142,6 +144,7 @@ class LanguageModelModule(pl.LightningModule):
             return
         from toolmem.training.parallel.setup import set_up
 
+        self._class_path = self._class_path or checkpoints.class_path(self.model)
         self.ranks = set_up(self, self.trainer)
         if self.device_mesh is not None:
             self.sharded = True
@@ -367,6 +370,16 @@ class LanguageModelModule(pl.LightningModule):
 
         return spread(found.to(parameter.dtype), parameter, named_orders(self.model).get(name))
 
+    @contextmanager
+    def whole_model(self) -> Iterator[LanguageModel]:
+        """The model for rank zero to use by itself; every rank must come here, the others to wait."""
+        if not self.sharded:
+            yield self.model
+            return
+        from toolmem.training.parallel.twins import gathered_model
+
+        yield gathered_model(self.model, keep=self.trainer.is_global_zero) or self.model
+
     # ---- evaluation
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -415,7 +428,10 @@ class LanguageModelModule(pl.LightningModule):
         return datamodule.checkpoint_info() if hasattr(datamodule, "checkpoint_info") else {}
 
     def _about(self) -> dict[str, Any]:
-        return checkpoints.describe(self.model, self._data_info()) | {
+        about = checkpoints.describe(self.model, self._data_info())
+        if self._class_path is not None:
+            about["model"]["class_path"] = self._class_path
+        return about | {
             "optimizer": compatibility.describe(self.optimizer_config),
             "schedule": compatibility.describe(self.schedule),
         }
