@@ -15,6 +15,7 @@ import lightning.pytorch as pl
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.plugins import Precision
 
 from toolmem import checkpoints
 from toolmem.class_path import import_class
@@ -37,6 +38,7 @@ from toolmem.training import (
 from toolmem.training.folders import RunFolder
 from toolmem.training.initial_weights import base_for
 from toolmem.training.loggers import tensorboard_logger, wandb_logger
+from toolmem.training.mixed_precision import precision_plugin
 from toolmem.training.precision import check_precision
 
 EXAMPLE = (
@@ -215,6 +217,11 @@ class ToolmemCLI(LightningCLI):
         callbacks: list[pl.Callback] = [] if chosen.get("barebones") else [Throughput()]
         if chosen.get("enable_progress_bar") is not False and callbacks:
             callbacks.append(Progress())
+        plugin = precision_plugin(chosen.precision, chosen.accelerator)
+        given = self._get(self.config_init, "trainer").get("plugins") or []
+        given = given if isinstance(given, list) else [given]
+        if plugin is not None and not any(isinstance(one, Precision) for one in given):
+            kwargs |= {"precision": None, "plugins": [*given, plugin]}
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": callbacks}
         loggers = self._loggers()
         if self.command == "fit" and self.settings.exposures is not None:

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -45,6 +45,7 @@ from toolmem.training.metrics import (
     restore_state,
     saved_state,
 )
+from toolmem.training.mixed_precision import MixedPrecision
 from toolmem.training.optimizers import OptimizerConfig
 from toolmem.training.schedules import Schedule
 
@@ -81,6 +82,8 @@ class LanguageModelModule(pl.LightningModule):
             None for none.
         sequence_parallel: under tensor parallelism (``trainer.strategy: ModelParallelStrategy``) split the
             stream between layers over tokens too (arXiv 2205.05198), which saves memory.
+        fsdp_param_dtype: under FSDP2 and mixed precision, what parameters are gathered in (its
+            ``MixedPrecisionPolicy``), for half the communication; None gathers float32.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class LanguageModelModule(pl.LightningModule):
         init_from: str | None = None,
         activation_checkpointing: ActivationCheckpointing | None = None,
         sequence_parallel: bool = False,
+        fsdp_param_dtype: Literal["float16", "bfloat16"] | None = None,
     ) -> None:
         super().__init__()
         if z_loss < 0:
@@ -108,6 +112,7 @@ class LanguageModelModule(pl.LightningModule):
         self.compile_model = compile
         self.fused = fused
         self.sequence_parallel = sequence_parallel
+        self.fsdp_param_dtype = fsdp_param_dtype
         self.checkpointing = activation_checkpointing or ActivationCheckpointing()
         self._hidden = training_body(model, compile, fused, self.checkpointing)
         self._compilations = Compilations() if compile else None
@@ -324,8 +329,11 @@ class LanguageModelModule(pl.LightningModule):
             "train/learning_rate": float(scheduler.get_last_lr()[0]),
         }
         self.train_loss.reset()
-        compilations = {} if self._compilations is None else self._compilations.metrics()
-        self.report(metrics | compilations | self.train_extras.take())
+        if self._compilations is not None:
+            metrics |= self._compilations.metrics()
+        if isinstance(self.trainer.precision_plugin, MixedPrecision):
+            metrics |= self.trainer.precision_plugin.metrics()
+        self.report(metrics | self.train_extras.take())
 
     def report(self, metrics: Mapping[str, float]) -> None:
         """Send metrics to the loggers at the run's own step: optimizer steps taken.

@@ -38,7 +38,13 @@ def set_up(module: LanguageModelModule, trainer: pl.Trainer) -> Ranks:
     if mesh is not None and not module.sharded:
         check_options(module, trainer)
         module.model.to(trainer.strategy.root_device)
-        parallelize(module.model, mesh, module.sequence_parallel)
+        dtype = None if module.fsdp_param_dtype is None else getattr(torch, module.fsdp_param_dtype)
+        parallelize(module.model, mesh, module.sequence_parallel, dtype)
+    elif mesh is None and module.fsdp_param_dtype is not None:
+        raise ToolmemError(
+            "model.fsdp_param_dtype needs trainer.strategy: ModelParallelStrategy, with "
+            "data_parallel_size above 1"
+        )
     elif mesh is None and module.sequence_parallel:
         raise ToolmemError(
             "model.sequence_parallel needs trainer.strategy: ModelParallelStrategy, with "
@@ -72,6 +78,12 @@ def check_options(module: Any, trainer: pl.Trainer) -> None:
     """
     from toolmem.training.callbacks.ema import EMA
 
+    mixed = {"float16": "16-mixed", "bfloat16": "bf16-mixed"}.get(module.fsdp_param_dtype)
+    if mixed is not None and trainer.precision != mixed:
+        raise ToolmemError(
+            f"model.fsdp_param_dtype is {module.fsdp_param_dtype}, which goes with trainer.precision "
+            f"{mixed}, and that is {trainer.precision}: change one of them"
+        )
     strategy = "trainer.strategy is ModelParallelStrategy, which splits the model over ranks"
     if type(module).__name__ in ("GRPO", "PopulationModule"):
         raise ToolmemError(
