@@ -102,3 +102,17 @@ def test_json(tmp_path):
     write_json(tmp_path / "a.json", {"é": [1, None]})
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"é": [1, None]}
     assert "é" in (tmp_path / "a.json").read_text(encoding="utf-8")
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    from toolmem.files import remove_unfinished
+
+    with pytest.raises(KeyboardInterrupt), atomic_path(tmp_path / "last.ckpt") as temporary:
+        temporary.write_text("half")
+        left = tmp_path / temporary.name.replace(".part", "2.part")
+        left.write_text("half")  # atomic_path itself would clean up
+        raise KeyboardInterrupt
+    (tmp_path / "best.ckpt").write_text("whole")
+    assert left.exists()
+    remove_unfinished(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["best.ckpt"]

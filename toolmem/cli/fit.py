@@ -14,6 +14,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins import Precision
 
@@ -35,6 +36,7 @@ from toolmem.training import (
     RecallProbe,
     Throughput,
 )
+from toolmem.training.callbacks import Preemption, SkippedDocuments
 from toolmem.training.folders import RunFolder
 from toolmem.training.initial_weights import base_for
 from toolmem.training.loggers import tensorboard_logger, wandb_logger
@@ -94,6 +96,7 @@ class ToolmemCLI(LightningCLI):
 
     def __init__(self, command: str, arguments: Sequence[str] | dict[str, Any]) -> None:
         self.command = command
+        self.interruptible = not isinstance(arguments, dict)  # whoever calls us has ways of his own
         # Lightning restarts ``sys.argv`` in every DDP rank, so the real command line is left alone.
         same = not isinstance(arguments, dict) and list(arguments) == sys.argv[1:]
         help_text = EXAMPLE.format(command)
@@ -217,6 +220,11 @@ class ToolmemCLI(LightningCLI):
         callbacks: list[pl.Callback] = [] if chosen.get("barebones") else [Throughput()]
         if chosen.get("enable_progress_bar") is not False and callbacks:
             callbacks.append(Progress())
+        if getattr(self.datamodule, "on_bad_document", "fatal") == "skip" and callbacks:
+            callbacks.append(SkippedDocuments())
+        if self.command == "fit" and self.interruptible:
+            callbacks.append(Preemption(ctrl_c=True, max_seconds=self._max_seconds()))
+            kwargs["max_time"] = None
         plugin = precision_plugin(chosen.precision, chosen.accelerator)
         given = self._get(self.config_init, "trainer").get("plugins") or []
         given = given if isinstance(given, list) else [given]
@@ -235,6 +243,9 @@ class ToolmemCLI(LightningCLI):
         except (ValueError, TypeError, MisconfigurationException) as error:
             about = ", ".join(f"{key} {chosen.get(key)}" for key in ("accelerator", "devices"))
             raise ToolmemError(f"trainer ({about}): {error}") from error
+
+    def _max_seconds(self) -> float | None:
+        return Timer(self.settings.trainer.get("max_time")).time_remaining()
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer; what a constructor refuses is told in its own words."""
@@ -336,6 +347,7 @@ def be_quiet() -> None:
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
         ".*IterableDataset.*has `__len__` defined.*",
         ".*You have overridden `on_after_batch_transfer` in `LightningModule`.*",
+        ".*Please add the following callbacks: \\['Preemption'\\].*",  # it has a part in training alone
     ):
         warnings.filterwarnings("ignore", message)
 
@@ -371,5 +383,6 @@ def run(command: str, arguments: Sequence[str] | dict[str, Any]) -> ToolmemCLI:
 
 def main(command: str, argv: list[str]) -> int:
     """Entry of the four commands."""
-    run(command, [command, *argv])
-    return 0
+    from toolmem.cli.endings import carry_out
+
+    return carry_out(command, lambda: run(command, [command, *argv]))

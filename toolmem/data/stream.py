@@ -6,6 +6,7 @@ among DataLoader workers are arithmetic, and any number of them gives the same b
 
 from __future__ import annotations
 
+import multiprocessing
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from toolmem.data.batch import Batch
 from toolmem.errors import ToolmemError
+from toolmem.processes import end_with
 
 
 class IndexedBatches(IterableDataset, ABC):
@@ -72,6 +74,13 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
+def _end_with_training(worker: int) -> None:
+    """A worker must not outlive its loader's process, whatever it is doing when that one is killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid is not None:
+        end_with(parent.pid)
+
+
 def make_loader(batches: IterableDataset, num_workers: int = 0) -> DataLoader:
     """A DataLoader that hands the stream's batches through as they are.
 
@@ -89,5 +98,6 @@ def make_loader(batches: IterableDataset, num_workers: int = 0) -> DataLoader:
         batch_size=None,
         collate_fn=_as_is,
         num_workers=num_workers,
+        worker_init_fn=_end_with_training,
         pin_memory=torch.cuda.is_available(),
     )

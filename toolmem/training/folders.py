@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from toolmem import checkpoints
 from toolmem.errors import ToolmemError
-from toolmem.files import explain_os_error, write_json
+from toolmem.files import explain_os_error, remove_unfinished, write_json
 
 PACKAGES = (
     "toolmem",
@@ -165,4 +165,6 @@ class RunFolder:
             ) from error
         except OSError as error:
             raise explain_os_error(error, self.path) from error
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            remove_unfinished(self.path / "checkpoints")
         write_json(self.path / "environment.json", environment())

@@ -10,7 +10,6 @@ import pytest
 import torch
 from training_toys import ToyData, make_module, make_trainer
 
-from toolmem.errors import ToolmemError
 from toolmem.training import Checkpointing
 from toolmem.training.callbacks.preemption import SIGNALS, Preempted, Preemption, end_on_signals
 
@@ -98,11 +97,3 @@ def test_before_training_it_ends_at_once():
         os.kill(os.getpid(), signal.SIGTERM)
     assert ended.value.signum == signal.SIGTERM
     os.kill(os.getpid(), signal.SIGUSR2)  # whoever is ending is not disturbed
-
-
-def test_several_processes_are_refused():
-    class Trainer:
-        world_size = 2
-
-    with pytest.raises(ToolmemError, match="there are 2 processes, and it is for one"):
-        Preemption().setup(Trainer(), None, "fit")
