@@ -36,7 +36,7 @@ from toolmem.training import (
     RecallProbe,
     Throughput,
 )
-from toolmem.training.callbacks import Preemption
+from toolmem.training.callbacks import Preemption, SkippedDocuments
 from toolmem.training.folders import RunFolder
 from toolmem.training.initial_weights import base_for
 from toolmem.training.loggers import tensorboard_logger, wandb_logger
@@ -220,6 +220,8 @@ class ToolmemCLI(LightningCLI):
         callbacks: list[pl.Callback] = [] if chosen.get("barebones") else [Throughput()]
         if chosen.get("enable_progress_bar") is not False and callbacks:
             callbacks.append(Progress())
+        if getattr(self.datamodule, "on_bad_document", "fatal") == "skip" and callbacks:
+            callbacks.append(SkippedDocuments())
         if self.command == "fit" and self.interruptible:
             callbacks.append(Preemption(ctrl_c=True, max_seconds=self._max_seconds()))
             kwargs["max_time"] = None

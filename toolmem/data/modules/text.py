@@ -14,8 +14,9 @@ from toolmem.console import stderr
 from toolmem.data.hf_tokenizer import save_tokenizer, train_tokenizer
 from toolmem.data.modules.base import HeldOut, StatefulDataModule
 from toolmem.data.stream import make_loader
-from toolmem.data.text.documents import DocumentSource, open_documents
-from toolmem.data.text.sources import WHERE_FROM, find_files, read_chunk, whole_file
+from toolmem.data.text.documents import DocumentSource, is_hub_dataset, open_documents
+from toolmem.data.text.files import WHERE_FROM, check_unchanged, find_files
+from toolmem.data.text.sources import OnBadDocument, read_chunk, whole_file
 from toolmem.data.text.tokens import TokenGenerator, held_out_batches
 from toolmem.data.text.windows import WindowGenerator
 from toolmem.data.tokenizers import ByteTokenizer, Tokenizer, make_tokenizer
@@ -35,8 +36,9 @@ class TextDataModule(StatefulDataModule):
     documents are held out.
 
     Args:
-        path: a .txt, .jsonl or .parquet file, a folder, a glob, a list of them, or
-            hf://OWNER/DATASET (extra hub). None takes the environment variable TOOLMEM_DATA.
+        path: a .txt, .jsonl or .parquet file, a folder, a glob, a list of them, addresses of such (s3://,
+            https://, hf://datasets/…: extra remote), or hf://OWNER/DATASET (extra hub). None takes the
+            environment variable TOOLMEM_DATA.
         text_field: the Parquet column or JSON key that holds the text.
         tokenizer: byte, or the path of a tokenizer.json.
         train_tokenizer: train a byte-level BPE with this many ids on the training text instead,
@@ -50,9 +52,12 @@ class TextDataModule(StatefulDataModule):
         shuffle: False gives documents or windows in the files' order.
         seed: of the order.
         num_workers: processes that make batches.
+        on_bad_document: fatal, or skip: a document that cannot be read is counted, told on stderr with file
+            and line, and passed over.
 
     Raises:
-        ToolmemError: for data that is missing or cannot be read, naming file and line.
+        ToolmemError: for data that is missing or cannot be read, naming file and line; for files that have
+            changed while the run trained, or since the checkpoint that it goes on from.
     """
 
     def __init__(
@@ -70,6 +75,7 @@ class TextDataModule(StatefulDataModule):
         shuffle: bool = True,
         seed: int = 0,
         num_workers: int = 0,
+        on_bad_document: OnBadDocument = "fatal",
     ) -> None:
         super().__init__()
         path = path or os.environ.get("TOOLMEM_DATA")
@@ -101,12 +107,13 @@ class TextDataModule(StatefulDataModule):
         self.shuffle = shuffle
         self.seed = seed
         self.num_workers = num_workers
+        self.on_bad_document = on_bad_document
         self.one_text = _one_text_file(path)
         self.val_fraction = val_fraction or (0.1 if self.one_text else 0.01)
         self._chosen = None if train_tokenizer is not None else make_tokenizer(tokenizer)
         if self._chosen is not None and "end" not in self._chosen.role_ids:
             raise ToolmemError("data.init_args.tokenizer has no `end` token, which parts documents")
-        if val_path is not None and not _is_hub(val_path):
+        if val_path is not None and not is_hub_dataset(val_path):
             find_files(val_path)  # missing data is better told before training than after
         self._documents  # noqa: B018
 
@@ -136,7 +143,14 @@ class TextDataModule(StatefulDataModule):
             val_fraction=self.val_fraction,
             shuffle=self.shuffle,
             seed=self.seed,
+            on_bad_document=self.on_bad_document,
         )
+
+    @property
+    def bad_documents(self) -> int:
+        """Documents that cannot be read and were passed over, as far as this process has trained."""
+        readers = (self._stream_state or {}).get("readers", {}).values()
+        return sum(reader["document"].get("bad", 0) for reader in readers if reader)
 
     @property
     def _train_documents(self) -> DocumentSource:
@@ -222,9 +236,40 @@ class TextDataModule(StatefulDataModule):
             "shuffle": self.shuffle,
             "seed": self.seed,
         }
+        if self.on_bad_document != "fatal":  # with which the n-th batch is another
+            signature["on_bad_document"] = self.on_bad_document
         if not self.one_text:
             signature["num_workers"] = max(1, self.num_workers)
         return signature
+
+    def resume_state(self, same_world: bool = False) -> dict[str, Any] | None:
+        """As of every DataModule; and the files must be those that the checkpoint's run read.
+
+        Raises:
+            ToolmemError: when they are not, naming one.
+        """
+        before = (self._loaded or {}).get("shards")
+        if before:
+            self._check_shards(before)
+        return super().resume_state(same_world)
+
+    def _check_shards(self, before: dict[str, list[Any]]) -> None:
+        now = self._documents.shards
+        for what, names in (
+            ("is gone", [name for name in before if name not in now]),
+            ("is new", [name for name in now if name not in before]),
+            (
+                "has changed",
+                [name for name in before if name in now and list(now[name]) != list(before[name])],
+            ),
+        ):
+            if names:
+                more = f" (and {len(names) - 1:,} more)" if len(names) > 1 else ""
+                raise ToolmemError(
+                    f"cannot resume from {self._came_from}: data.init_args.path: {names[0]}{more} {what} "
+                    f"since its run read it ({len(before):,} files then, {len(now):,} now): the batches that "
+                    "follow would be others; put the files back as they were, or start a new run"
+                )
 
     def _stream(self) -> TokenGenerator:
         rank, world = self.rank_and_world
@@ -285,9 +330,12 @@ class TextDataModule(StatefulDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data from which training goes on; of documents, every rank's place in its own."""
-        state = super().state_dict()
+        state = super().state_dict() | {"shards": self._documents.shards}
         import torch.distributed as dist
 
+        if self.one_text:  # documents are looked at whenever some are read
+            for file, before in self._documents.identities.items():
+                check_unchanged(file, before)
         if not self.one_text and dist.is_available() and dist.is_initialized():
             places: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(places, (self.rank_and_world[0], state["stream"]))
@@ -304,7 +352,12 @@ class TextDataModule(StatefulDataModule):
             documents = self._documents.select("validation", shuffle=False)
             source = f"{self.val_fraction:.2%} of the documents of {self.path}, held out"
             if self.val_path is not None:
-                documents = open_documents(self.val_path, field=self.text_field, shuffle=False)
+                documents = open_documents(
+                    self.val_path,
+                    field=self.text_field,
+                    shuffle=False,
+                    on_bad_document=self.on_bad_document,
+                )
                 source = str(self.val_path)
             tokens, numbers = held_out_batches(
                 documents, self.tokenizer, self.seq_len, self.batch_size, max_batches=limit
@@ -314,12 +367,8 @@ class TextDataModule(StatefulDataModule):
         return HeldOut(windows, min(windows.batches_per_epoch, limit or windows.batches_per_epoch))
 
 
-def _is_hub(path: str | list[str]) -> bool:
-    return isinstance(path, str) and path.startswith("hf://")
-
-
 def _one_text_file(path: str | list[str]) -> bool:
-    if _is_hub(path):
+    if is_hub_dataset(path):
         return False
     only = path if isinstance(path, str) else path[0] if len(path) == 1 else ""
     return only.endswith(".txt") and Path(only).is_file()

@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from toolmem.data.text.documents import Placed, Split
-from toolmem.data.text.sources import is_held_out
+from toolmem.data.text.sources import BadDocuments, OnBadDocument, is_held_out
 from toolmem.errors import ToolmemError
 
 
@@ -26,6 +26,7 @@ class HubDocuments:
         shuffle: False keeps the dataset's order.
         seed: of the order.
         buffer: rows among which the library shuffles.
+        on_bad_document: as for `Documents`; of a row without text. What the library cannot read ends all.
 
     Raises:
         ToolmemError: when the extra is missing, or the dataset cannot be reached.
@@ -41,6 +42,7 @@ class HubDocuments:
         shuffle: bool = True,
         seed: int = 0,
         buffer: int = 10_000,
+        on_bad_document: OnBadDocument = "fatal",
     ) -> None:
         parts = urlsplit(path)
         query = {key: values[-1] for key, values in parse_qs(parts.query).items()}
@@ -60,6 +62,7 @@ class HubDocuments:
         self.shuffle = shuffle
         self.seed = seed
         self.buffer = buffer
+        self.on_bad_document = on_bad_document
         self._shard, self._shards = 0, 1
         _library()
 
@@ -81,24 +84,32 @@ class HubDocuments:
         """The address: what is behind it cannot be seen without reading it."""
         return self.path
 
+    @property
+    def shards(self) -> dict[str, list[Any]]:
+        """Nothing: the library lists them, and fetches what its dataset is today."""
+        return {}
+
     def iterate(self, place: dict[str, Any] | None = None) -> Iterator[Placed]:
         """Documents without end, epoch after epoch, from ``place`` on."""
         epoch, first = (0, 0) if place is None else (place["epoch"], place["row"])
+        bad = BadDocuments(self.on_bad_document)
+        bad.count = 0 if place is None else place.get("bad", 0)
         found = place is not None
         while True:
-            for row, text in self._rows(epoch, first):
+            for row, text in self._rows(epoch, first, bad if epoch == 0 else None):
                 found = True
-                yield Placed(text, {"epoch": epoch, "row": row})
+                yield Placed(text, {"epoch": epoch, "row": row, "bad": bad.count})
             if not found:
                 raise ToolmemError(f"{self.path}: no document for {self.split}")
             epoch, first, found = epoch + 1, 0, False
 
     def once(self) -> Iterator[str]:
         """Each document once."""
-        for _, text in self._rows(0, 0):
+        for _, text in self._rows(0, 0, None):
             yield text
 
-    def _rows(self, epoch: int, first: int) -> Iterator[tuple[int, str]]:
+    def _rows(self, epoch: int, first: int, bad: BadDocuments | None) -> Iterator[tuple[int, str]]:
+        bad = bad or BadDocuments(self.on_bad_document)
         try:
             dataset = _library().load_dataset(
                 self.name, self.config, split=self.hub_split, streaming=True
@@ -111,13 +122,16 @@ class HubDocuments:
         if self.shuffle:
             dataset = dataset.shuffle(seed=self.seed + epoch, buffer_size=self.buffer)
         for row, record in enumerate(dataset.skip(first) if first else dataset, start=first):
+            if row % self._shards != self._shard:
+                continue
             text = record.get(self.field)
             if not isinstance(text, str):
-                raise ToolmemError(
-                    f"{self.path}, row {row + 1}: no text in the field {self.field!r} (it has "
-                    f"{', '.join(record)}); set --data.text_field"
+                bad.met(
+                    lambda row=row: f"{self.path}, row {row + 1}",  # type: ignore[misc]
+                    f"no text in the field {self.field!r} (it has {', '.join(record)})",
+                    "set --data.text_field",
                 )
-            if row % self._shards == self._shard and text and self._wanted(text):
+            elif text and self._wanted(text):
                 yield row, text
 
     def _wanted(self, text: str) -> bool:

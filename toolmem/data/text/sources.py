@@ -1,4 +1,4 @@
-"""Files of text, and the pieces that they are read in.
+"""The pieces that files of text are read in, and what becomes of those that cannot be read.
 
 A *chunk* is what is read at once: a Parquet row group, a few megabytes of a JSONL file's lines, a
 whole ``.txt`` file. Listing chunks opens no more than Parquet footers.
@@ -9,23 +9,30 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import logging
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from glob import has_magic
-from pathlib import Path
+from typing import Any, BinaryIO, Literal, cast
 
+from toolmem.data.text.files import (
+    RemoteFile,
+    TextFile,
+    explained,
+    open_file,
+    size_of,
+)
 from toolmem.errors import ToolmemError
 
-SUFFIXES = (".jsonl", ".json.gz", ".jsonl.gz", ".parquet", ".txt")
 JSONL_CHUNK_BYTES = 4 << 20
+MAX_LINE_BYTES = 64 << 20  # of one JSON line
+MAX_UNPACKED_BYTES = 8 << 30  # of one .gz file, which is held whole
 _SPLIT_STEPS = 1 << 20
+_LOGGED = 100  # bad documents that a process tells of one by one
+_logger = logging.getLogger("toolmem.data")
+_told: set[str] = set()
 
-WHERE_FROM = (
-    "text comes as .txt, .jsonl or .parquet files: a file, a folder, a glob or a list of them, or "
-    "hf://OWNER/DATASET. For a first try take Shakespeare (input.txt of karpathy/char-rnn on "
-    "GitHub) or shards of HuggingFaceTB/smollm-corpus on the Hugging Face hub"
-)
+OnBadDocument = Literal["fatal", "skip"]
 
 
 @dataclass(frozen=True)
@@ -39,65 +46,71 @@ class Chunk:
         size: about how many bytes it takes in memory.
     """
 
-    path: Path
+    path: TextFile
     start: int
     stop: int
     size: int
 
 
-def find_files(path: str | Path | Sequence[str | Path]) -> list[Path]:
-    """The text files that ``path`` means, in a fixed order.
+class BadDocuments:
+    """What becomes of documents that cannot be read: the first ends all, or they are counted and told.
 
     Args:
-        path: a file, a folder (searched through and through), a glob, or a list of these.
+        policy: ``fatal`` or ``skip``.
 
-    Raises:
-        ToolmemError: when there are none, or one is of a kind that cannot be read.
+    Attributes:
+        count: documents passed over; of a file whose rows cannot be counted, one.
     """
-    found: list[Path] = []
-    for entry in [path] if isinstance(path, (str, Path)) else path:
-        entry_path = Path(entry).expanduser()
-        if entry_path.is_dir():
-            files = [p for p in entry_path.rglob("*") if p.is_file() and _suffix(p)]
-            if not files:
-                raise ToolmemError(
-                    f"no {', '.join(SUFFIXES)} file in the folder {entry}: {WHERE_FROM}"
-                )
-        elif entry_path.exists():
-            files = [entry_path]
-        elif has_magic(str(entry)):
-            base = Path(entry_path.anchor)
-            files = [p for p in base.glob(str(entry_path.relative_to(base))) if p.is_file()]
-            if not files:
-                raise ToolmemError(f"no file matches {entry}: {WHERE_FROM}")
-        else:
-            raise ToolmemError(f"no such file or folder: {entry}. {WHERE_FROM}")
-        found += sorted(files)
-    if not found:
-        raise ToolmemError(f"no data given: {WHERE_FROM}")
-    for file in found:
-        if not _suffix(file):
+
+    def __init__(self, policy: OnBadDocument = "fatal") -> None:
+        self.policy = policy
+        self.count = 0
+
+    def met(self, place: Callable[[], str], what: str, advice: str, n: int = 1) -> None:
+        """There is one.
+
+        Args:
+            place: gives its file and line, or row group; asked only when it is told.
+            what: is wrong with it.
+            advice: what to do about it.
+            n: how many documents it is.
+
+        Raises:
+            ToolmemError: when the policy is ``fatal``.
+        """
+        if self.policy == "fatal":
             raise ToolmemError(
-                f"{file} is of no kind that can be read ({', '.join(SUFFIXES)}); convert it"
+                f"{place()}: {what}; {advice}, or pass over such documents: --data.on_bad_document skip"
             )
-    return list(dict.fromkeys(found))
+        self.count += n
+        if len(_told) > _LOGGED:
+            return
+        if len(_told) == _LOGGED:
+            _told.add("")
+            _logger.warning("further bad documents are counted, and not told one by one")
+            return
+        where = place()
+        if where not in _told:
+            _told.add(where)
+            _logger.warning("%s: %s; passed over", where, what)
 
 
-def _suffix(path: Path) -> str | None:
-    return next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), None)
-
-
-def list_chunks(files: Sequence[Path]) -> list[Chunk]:
+def list_chunks(files: Sequence[TextFile], bad: BadDocuments | None = None) -> list[Chunk]:
     """The pieces of the files, in order.
 
+    Args:
+        files: the files.
+        bad: what becomes of a Parquet file that is not one.
+
     Raises:
-        ToolmemError: when a Parquet file is corrupt.
+        ToolmemError: when a Parquet file is corrupt, and that is fatal.
     """
+    bad = bad or BadDocuments()
     chunks = []
     for path in files:
-        size = path.stat().st_size
+        size = size_of(path)
         if path.suffix == ".parquet":
-            chunks += _row_groups(path)
+            chunks += _row_groups(path, bad)
         elif path.suffix == ".jsonl":
             for start in range(0, size, JSONL_CHUNK_BYTES):
                 stop = min(start + JSONL_CHUNK_BYTES, size)
@@ -107,126 +120,205 @@ def list_chunks(files: Sequence[Path]) -> list[Chunk]:
     return chunks
 
 
-def read_chunk(chunk: Chunk, field: str) -> list[str]:
+def read_chunk(chunk: Chunk, field: str, bad: BadDocuments | None = None) -> list[str]:
     """The documents of a chunk.
 
     Args:
         chunk: which.
         field: the Parquet column or JSON key that holds the text.
+        bad: what becomes of those that cannot be read.
 
     Raises:
-        ToolmemError: naming file and line (or row) of what cannot be read.
+        ToolmemError: naming file and line (or row group) of what cannot be read, where that is fatal.
     """
-    try:
-        if chunk.path.suffix == ".parquet":
-            return _read_row_group(chunk, field)
-        if chunk.path.suffix == ".txt":
-            return [_decode_file(chunk.path)]
-        return list(_read_lines(chunk, field))
-    except OSError as error:  # gzip's complaints are of this kind too
-        raise ToolmemError(f"cannot read {chunk.path}: {error}") from error
-    except EOFError as error:
-        raise ToolmemError(f"{chunk.path} is truncated: {error}; fetch it again") from error
+    bad = bad or BadDocuments()
+    if chunk.path.suffix == ".parquet":
+        return _read_row_group(chunk, field, bad)
+    if chunk.path.suffix == ".txt":
+        return _decode_file(chunk.path, bad)
+    with explained(chunk.path):
+        return list(_read_lines(chunk, field, bad))
+    raise AssertionError  # `explained` lets nothing through
 
 
-def _decode_file(path: Path) -> str:
-    data = path.read_bytes()
+def _decode_file(path: TextFile, bad: BadDocuments) -> list[str]:
+    with explained(path), open_file(path) as stream:
+        data = stream.read()
     try:
-        return data.decode("utf-8")
+        return [data.decode("utf-8")]
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        raise ToolmemError(
-            f"{path}, line {line}: not UTF-8 text (byte {error.start}); convert it, or train on "
-            "its bytes alone (`tokenizer: byte` and only this file)"
-        ) from error
+        bad.met(
+            lambda: f"{path}, line {line}",
+            f"not UTF-8 text (byte {error.start})",
+            "convert it, train on its bytes alone (`tokenizer: byte` and only this file)",
+        )
+    return []
 
 
-def _read_lines(chunk: Chunk, field: str) -> Iterator[str]:
-    opener = gzip.open if chunk.path.suffix == ".gz" else open
-    whole = chunk.path.suffix == ".gz"
-    with opener(chunk.path, "rb") as stream:
+def _lines_of(path: TextFile) -> BinaryIO:
+    stream = open_file(path)
+    return cast(BinaryIO, gzip.GzipFile(fileobj=stream)) if path.suffix == ".gz" else stream
+
+
+def _read_lines(chunk: Chunk, field: str, bad: BadDocuments) -> Iterator[str]:
+    packed = chunk.path.suffix == ".gz"
+    with _lines_of(chunk.path) as stream:
         at = chunk.start
         if at > 0:  # a line belongs to the chunk that it begins in
             stream.seek(at - 1)
-            at += len(stream.readline()) - 1
-        while whole or at < chunk.stop:
-            line = stream.readline()
+            at += _pass_line(stream, chunk.stop - at + 1) - 1
+        while packed or at < chunk.stop:
+            try:
+                line = stream.readline(MAX_LINE_BYTES + 1)
+            except (OSError, EOFError, zlib.error) as error:
+                if not packed:
+                    raise
+                # what was unpacked before it stands
+                what = "is truncated" if isinstance(error, EOFError) else "is damaged"
+                advice = "fetch it again"
+                bad.met(_place(chunk.path, at), f"{chunk.path.name} {what} ({error})", advice)
+                return
             if not line:
                 return
+            if len(line) > MAX_LINE_BYTES:
+                size = f"{MAX_LINE_BYTES >> 20} MiB"
+                bad.met(_place(chunk.path, at), f"a line of more than {size}", "split it")
+                at += len(line) + (0 if line.endswith(b"\n") else _pass_line(stream))
+                continue
             if line.strip():
-                yield _text_of(line, chunk, at, field)
+                text = _text_of(line, _place(chunk.path, at), field, bad)
+                if text is not None:
+                    yield text
             at += len(line)
+            if packed and at > MAX_UNPACKED_BYTES:
+                raise ToolmemError(
+                    f"{chunk.path} unpacks to more than {MAX_UNPACKED_BYTES >> 30} GiB, and is held whole: "
+                    "split it, or unpack it to .jsonl"
+                )
 
 
-def _text_of(line: bytes, chunk: Chunk, at: int, field: str) -> str:
-    def where() -> str:
-        opener = gzip.open if chunk.path.suffix == ".gz" else open
-        with opener(chunk.path, "rb") as stream:
-            before = stream.read(at).count(b"\n")
-        return f"{chunk.path}, line {before + 1}"
+def _pass_line(stream: BinaryIO, limit: int | None = None) -> int:
+    """Read to the end of a line, or a little more than ``limit`` bytes; how many they were."""
+    passed = 0
+    while limit is None or passed < limit:
+        piece = stream.readline(1 << 20)
+        passed += len(piece)
+        if not piece or piece.endswith(b"\n"):
+            break
+    return passed
 
+
+def _place(path: TextFile, at: int) -> Callable[[], str]:
+    """File and number of the line that begins at a byte; it takes reading the file up to there."""
+
+    def place() -> str:
+        lines, left = 1, at
+        try:
+            with _lines_of(path) as stream:
+                while left > 0 and (block := stream.read(min(left, 1 << 20))):
+                    lines += block.count(b"\n")
+                    left -= len(block)
+        except (OSError, EOFError, zlib.error):  # the end of what can be unpacked
+            pass
+        return f"{path}, line {lines}"
+
+    return place
+
+
+def _text_of(line: bytes, place: Callable[[], str], field: str, bad: BadDocuments) -> str | None:
     try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ToolmemError(f"{where()}: not JSON ({error}); mend or remove the line") from error
-    if not isinstance(row, dict) or not isinstance(row.get(field), str):
-        if not isinstance(row, dict):
-            wrong = f"a JSON {type(row).__name__}, not an object"
-        elif field in row:
-            wrong = f"the field {field!r} is not text but {row[field]!r:.60}"
-        else:
-            wrong = f"no field {field!r} (it has {', '.join(map(repr, list(row)[:8])) or 'none'})"
-        raise ToolmemError(f"{where()}: {wrong}; set --data.text_field to the field with the text")
-    text: str = row[field]
-    return text
+        row = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        bad.met(place, f"not JSON ({error})", "mend or remove the line")
+        return None
+    if isinstance(row, dict) and isinstance(row.get(field), str):
+        text: str = row[field]
+        return text
+    if not isinstance(row, dict):
+        wrong = f"a JSON {type(row).__name__}, not an object"
+    elif field in row:
+        wrong = f"the field {field!r} is not text but {row[field]!r:.60}"
+    else:
+        wrong = f"no field {field!r} (it has {', '.join(map(repr, list(row)[:8])) or 'none'})"
+    bad.met(place, wrong, "set --data.text_field to the field with the text")
+    return None
 
 
-def _open_parquet(path: Path) -> object:
+def _open_parquet(path: TextFile) -> Any:
+    """The file; its ``schema_arrow`` and ``metadata`` are read already.
+
+    Raises:
+        ToolmemError: when it is none.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
+        if isinstance(path, RemoteFile):
+            return pq.ParquetFile(open_file(path), pre_buffer=True)
         return pq.ParquetFile(path, memory_map=True)
-    except (pa.ArrowInvalid, OSError) as error:
+    except FileNotFoundError:
+        with explained(path):
+            raise
+    except (pa.ArrowException, ValueError, OSError, MemoryError) as error:
+        if isinstance(error, ToolmemError):
+            raise
         raise ToolmemError(
-            f"{path} is not a whole Parquet file ({error}); fetch or write it again"
+            f"{path} is not a whole Parquet file ({_short(error)}); fetch or write it again"
         ) from error
 
 
-def _row_groups(path: Path) -> list[Chunk]:
-    meta = _open_parquet(path).metadata  # type: ignore[attr-defined]
-    return [
-        Chunk(path, i, i + 1, meta.row_group(i).total_byte_size) for i in range(meta.num_row_groups)
-    ]
+def _short(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def _read_row_group(chunk: Chunk, field: str) -> list[str]:
+def _row_groups(path: TextFile, bad: BadDocuments) -> list[Chunk]:
+    try:
+        meta = _open_parquet(path).metadata
+        sizes = [meta.row_group(i).total_byte_size for i in range(meta.num_row_groups)]
+    except ToolmemError as error:
+        if bad.policy == "fatal" or not _exists(path):
+            raise
+        bad.met(lambda: str(path), str(error).removeprefix(f"{path} "), "")
+        return []
+    return [Chunk(path, i, i + 1, size) for i, size in enumerate(sizes)]
+
+
+def _exists(path: TextFile) -> bool:
+    return isinstance(path, RemoteFile) or path.exists()
+
+
+def _read_row_group(chunk: Chunk, field: str, bad: BadDocuments) -> list[str]:
     import pyarrow as pa
 
     file = _open_parquet(chunk.path)
-    names = file.schema_arrow.names  # type: ignore[attr-defined]
+    names = file.schema_arrow.names
     if field not in names:
         raise ToolmemError(
             f"{chunk.path} has no column {field!r} (it has {', '.join(names)}); set "
             "--data.text_field to the column with the text"
         )
-    kind = file.schema_arrow.field(field).type  # type: ignore[attr-defined]
+    kind = file.schema_arrow.field(field).type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise ToolmemError(f"{chunk.path}: the column {field!r} is {kind}, not text")
+    where = f"{chunk.path}, row group {chunk.start}"
+    texts: list[str | None]
     try:
-        column = file.read_row_group(chunk.start, columns=[field]).column(0)  # type: ignore[attr-defined]
-        texts: list[str | None] = column.to_pylist()
-    except (pa.ArrowInvalid, pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ToolmemError(
-            f"{chunk.path}, row group {chunk.start}: cannot be read ({error}); the file is "
-            "damaged: fetch or write it again"
-        ) from error
-    if None in texts:
-        raise ToolmemError(
-            f"{chunk.path}, row group {chunk.start}, row {texts.index(None) + 1}: the column "
-            f"{field!r} is empty (null); remove the row"
-        )
-    return texts  # type: ignore[return-value]
+        texts = file.read_row_group(chunk.start, columns=[field]).column(0).to_pylist()
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+        n = file.metadata.row_group(chunk.start).num_rows
+        what = f"cannot be read ({_short(error)})"
+        bad.met(lambda: where, what, "the file is damaged: fetch or write it again", max(1, n))
+        return []
+    found = []
+    for row, text in enumerate(texts, start=1):
+        if text is None:
+            place = f"{where}, row {row}"
+            bad.met(lambda p=place: p, f"the column {field!r} is empty (null)", "remove the row")  # type: ignore[misc]
+        else:
+            found.append(text)
+    return found
 
 
 def fingerprint(chunks: Sequence[Chunk]) -> str:
@@ -243,7 +335,7 @@ def is_held_out(text: str, fraction: float) -> bool:
     return digest % _SPLIT_STEPS < fraction * _SPLIT_STEPS
 
 
-def whole_file(path: Path) -> Chunk:
+def whole_file(path: TextFile) -> Chunk:
     """A whole file as one chunk."""
-    size = path.stat().st_size
+    size = size_of(path)
     return Chunk(path, 0, size, size)

@@ -15,6 +15,7 @@ __getattr__, __dir__, __all__ = attach(
         "Preemption": "toolmem.training.callbacks.preemption",
         "Progress": "toolmem.training.callbacks.progress",
         "RecallProbe": "toolmem.training.callbacks.recall",
+        "SkippedDocuments": "toolmem.training.callbacks.skipped_documents",
         "StopAt": "toolmem.training.callbacks.stopping",
         "Throughput": "toolmem.training.callbacks.throughput",
         "TokenLossProbe": "toolmem.training.callbacks.token_losses",
