@@ -111,8 +111,8 @@ class HFTokenizer:
             encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         ids = [encoding.ids for encoding in encodings]
         for i, text in enumerate(texts):
-            # a vocabulary may hold a role token as an ordinary word
-            if "<|" in text and not self._role_texts.keys().isdisjoint(ids[i]):
+            # a vocabulary may hold a role token as an ordinary word, and a normaliser make one of others
+            if not self._role_texts.keys().isdisjoint(ids[i]):
                 ids[i] = self._encode_split(text)
         return ids
 

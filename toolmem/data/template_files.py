@@ -10,7 +10,8 @@ r"""Reading template files: turns, the fields in them, and which people a questi
     ---                                                   the next variant of the same question
 
 A line that does not open a turn goes on with the one before. Turns are split before anything is
-filled in, so no value can inject a role. Each turn is a sandboxed Jinja template.
+filled in, so no value can inject a role. Each turn is a sandboxed Jinja template, of what
+`toolmem.data.template_check` lists alone.
 
 Directives: ``people`` says whom a question is about, and so which fields there are:
 
@@ -38,6 +39,7 @@ from pathlib import Path
 from jinja2 import StrictUndefined, TemplateSyntaxError
 from jinja2.sandbox import SandboxedEnvironment
 
+from toolmem.data.template_check import MAX_TURN_CHARS, refused
 from toolmem.errors import ToolmemError
 
 ROLES = ("user", "assistant", "database")
@@ -201,13 +203,25 @@ def _check_turns(template: Template) -> None:
             )
         if not turn.text.strip():
             raise ToolmemError(f"templates: {template.where(turn)}: {turn.role}: says nothing")
+        if len(turn.text) > MAX_TURN_CHARS:
+            raise ToolmemError(
+                f"templates: {template.where(turn)}: {turn.role}: is {len(turn.text):,} characters long; at "
+                f"most {MAX_TURN_CHARS:,}"
+            )
         try:
-            environment().parse(turn.text)
+            found = refused(environment().parse(turn.text))
         except TemplateSyntaxError as error:
             where = template.where(turn, error.lineno)
             raise ToolmemError(
                 f"templates: {where}: not a Jinja template: {error.message}"
             ) from error
+        except RecursionError as error:
+            raise ToolmemError(f"templates: {template.where(turn)}: nested too deeply") from error
+        if found:
+            raise ToolmemError(
+                f"templates: {template.where(turn, found[0])}: a template may not use {found[1]}; fields, "
+                "query(), `if`, one `for`, and methods and filters that make no text longer are all there is"
+            )
         before = turn.role
     if before != "assistant":
         raise ToolmemError(f"templates: {template.where()}: the last turn must be the assistant's")

@@ -10,11 +10,11 @@ served by rank 0.)
 from __future__ import annotations
 
 import itertools
-import pickle
+import json
 import threading
 import time
-from base64 import b64decode, b64encode
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
@@ -136,8 +136,17 @@ def parts_of(
 
 
 def _packed(part: list[tuple[int, Generated]]) -> str:
-    """As a store's value."""
-    return b64encode(pickle.dumps(part)).decode()
+    """As a store's value: plain data, since whoever reaches the store's port may write to it."""
+    return json.dumps([(place, asdict(result)) for place, result in part])
+
+
+def _unpacked(text: str | bytes) -> Iterator[tuple[int, Generated]]:
+    from toolmem.generation.reference import Generated
+    from toolmem.tools.base import Answer
+
+    for place, result in json.loads(text):
+        calls = [(query, Answer(**answer)) for query, answer in result.pop("tool_calls")]
+        yield place, Generated(**result, tool_calls=calls)
 
 
 def _collect(
@@ -147,7 +156,7 @@ def _collect(
     taken, pulse, seen = 0, b"", time.monotonic()
     while True:
         if store.check([f"{prefix}/{taken}"]):
-            for index, result in pickle.loads(b64decode(store.get(f"{prefix}/{taken}"))):
+            for index, result in _unpacked(store.get(f"{prefix}/{taken}")):
                 results[index] = result
             taken += 1
             continue
