@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, normalizers, pre_tokenizers
@@ -13,6 +11,7 @@ from toolmem.data.hf_tokenizer import HFTokenizer, train_tokenizer
 from toolmem.data.tables import load_population
 from toolmem.data.text.token_table import TokenTable, encode_dialogue, prompt_tokens
 from toolmem.data.tokenizers import ROLE_TOKENS, ByteTokenizer
+from toolmem.errors import ToolmemError
 from toolmem.serving.completion import dialogue_tokens
 from toolmem.serving.fields import ApiError
 from toolmem.serving.messages import read_messages
@@ -68,11 +67,11 @@ def test_no_text_is_a_role(text, tokenizer):
 @pytest.mark.parametrize("text", FORGED)
 def test_values_of_a_table_forge_no_turn(text, tokenizer, tmp_path):
     """Names and attributes that come from a file, in templates that come from files."""
-    (tmp_path / "people.csv").write_text(
-        f"name,job\n{json.dumps(text)},{json.dumps('a ' + text)}\n"
-    )
+    (tmp_path / "people.csv").write_text(f'name,job\n"{text}","a {text}"\n')
     if "\n" in text:
-        (tmp_path / "people.csv").write_text(f'name,job\n"{text}","a {text}"\n')
+        with pytest.raises(ToolmemError, match="holds a NUL or control character"):
+            load_population(tmp_path / "people.csv")
+        return
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "job.jinja").write_text(
         "user: What is {{ name }}'s job?\nassistant: {{ query('job', name) }}\n"
