@@ -28,7 +28,14 @@ from toolmem.models import (
     MoETransformer,
     Transformer,
 )
-from toolmem.training import TRAINER_DEFAULTS, WSD, AdamW, LanguageModelModule, Muon
+from toolmem.training import (
+    TRAINER_DEFAULTS,
+    WSD,
+    AdamW,
+    Checkpointing,
+    LanguageModelModule,
+    Muon,
+)
 
 VOCAB, SEQ, ROWS, STEPS, ACCUMULATE = 12, 9, 8, 50, 2
 SIZES = {"vocab_size": VOCAB, "dim": 16, "n_layers": 2, "max_seq_len": SEQ}
@@ -42,6 +49,7 @@ MODELS = {
     "transformer": lambda: transformer(
         dim=32, n_heads=8, qk_norm=True, conv_width=3, bias=True, residual_conv=2
     ),
+    "plain": lambda: transformer(vocab_size=VOCAB + 1, norm="layer"),
     "gqa_tied": lambda: transformer(
         dim=32,
         n_heads=8,
@@ -85,6 +93,13 @@ MODELS = {
         feed_forward=["swiglu", "moe"],
         feed_forwards={"moe": {"n_experts": 4, "hidden_dim": 8}},
     ),
+    "hybrid_rows": lambda: Hybrid(
+        **{**SIZES, "n_layers": 3},
+        pattern=["attention", "lstm", "mingru"],
+        mixers={"attention": {"n_heads": 4}},
+        feed_forward=["moe", "swiglu"],
+        feed_forwards={"moe": {"n_experts": 4, "hidden_dim": 8}},
+    ),
 }  # fmt: skip
 
 
@@ -99,18 +114,22 @@ class Case:
     optimizer: str = "adamw"
     sequence: bool = False
     steps: int = STEPS
+    wide: bool = False  # float64
+    keep: str = ""  # where to keep a checkpoint of each second step
+    begin: str = ""  # a checkpoint to go on from
 
     @property
     def name(self) -> str:
         how = {"one": "one", "ddp": f"ddp{self.data}"}.get(
             self.strategy, f"fsdp{self.data}_tp{self.tensor}" + ("_seq" if self.sequence else "")
         )
-        return f"{self.model}-{self.optimizer}-{how}"
+        more = ("-kept" if self.keep else "") + ("-resumed" if self.begin else "")
+        return f"{self.model}-{self.optimizer}-{how}{more}"
 
     @property
     def alone(self) -> Case:
         """The same training in one process."""
-        return Case(self.model, optimizer=self.optimizer, steps=self.steps)
+        return Case(self.model, optimizer=self.optimizer, steps=self.steps, wide=self.wide)
 
 
 @dataclass
@@ -171,7 +190,9 @@ class Notes(pl.Callback):
 
     def __init__(self) -> None:
         self.losses: list[float] = []
-        self._step = 0
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        self._step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
         if trainer.global_step != self._step:
@@ -181,7 +202,7 @@ class Notes(pl.Callback):
 
 def make_module(case: Case) -> LanguageModelModule:
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64 if case.optimizer == "muon" else torch.float32)
+    torch.set_default_dtype(torch.float64 if case.wide else torch.float32)
     try:
         model = MODELS[case.model]()
     finally:
@@ -222,9 +243,13 @@ def train(case: Case) -> Found:
     notes = Notes()
     with tempfile.TemporaryDirectory() as folder, quiet():
         module = make_module(case)
-        trainer = make_trainer(case, folder, callbacks=[notes])
-        data = RowsData()
-        trainer.fit(module, data)
+        callbacks: list[pl.Callback] = [notes]
+        if case.keep:
+            callbacks.append(Checkpointing(2, None, keep_every_n_steps=2, folder=case.keep))
+        trainer = make_trainer(
+            case, folder, callbacks=callbacks, enable_checkpointing=bool(case.keep)
+        )
+        trainer.fit(module, RowsData(), ckpt_path=case.begin or None, weights_only=True)
         weights = whole_weights(module)
         tokens = module.reported["train/tokens"][1]
     return Found(notes.losses, 0.0, tokens, weights)

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from toolmem.errors import ToolmemError
 from toolmem.models.attention import Attention
 from toolmem.training.parallel.apply import parallelize
+from toolmem.training.parallel.files import read_single_files
 from toolmem.training.parallel.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def set_up(module: LanguageModelModule, trainer: pl.Trainer) -> Ranks:
         module.model.to(trainer.strategy.root_device)
         dtype = None if module.fsdp_param_dtype is None else getattr(torch, module.fsdp_param_dtype)
         parallelize(module.model, mesh, module.sequence_parallel, dtype)
+        read_single_files(module, trainer.strategy)
     elif mesh is None and module.fsdp_param_dtype is not None:
         raise ToolmemError(
             "model.fsdp_param_dtype needs trainer.strategy: ModelParallelStrategy, with "
