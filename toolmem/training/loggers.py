@@ -197,10 +197,17 @@ def wandb_logger(
             save_dir=str(folder),
             version=run_id,
             resume="allow",
-            **options,
+            **{"settings": _what_wandb_keeps(), **options},
         )
     except ModuleNotFoundError as error:
         raise ToolmemError("logger: wandb is not installed: pip install wandb") from error
+
+
+def _what_wandb_keeps() -> Any:
+    """No command line, address of a repository or source: any of them may hold a secret."""
+    import wandb
+
+    return wandb.Settings(x_disable_meta=True, disable_git=True, disable_code=True, save_code=False)
 
 
 def tensorboard_logger(folder: str | Path, *, checkpoint: str | Path | None = None) -> Logger:

@@ -155,10 +155,11 @@ def test_addresses_that_are_none(memory, monkeypatch):
         ("memory://bucket/none", r"no \.jsonl, .* file at memory://bucket/none"),
         ("memory://bucket/corpus/README.md", r"no \.jsonl, .* file at memory://"),
         ("memory://bucket/none.jsonl", r"no such file.*: memory://bucket/none\.jsonl"),
+        ("s3://[bucket/x.jsonl", "is no address: Invalid"),
         ("nosuch://bucket/x.jsonl", "nothing is known of nosuch://"),
         ("s3://bucket/x.jsonl", r"s3:// needs a package that is not installed .*s3fs"),
     ):
-        if address.startswith("s3"):
+        if address.startswith("s3://b"):
             monkeypatch.setitem(sys.modules, "s3fs", None)
         with pytest.raises(ToolmemError, match=message):
             Documents(address)

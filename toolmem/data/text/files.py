@@ -17,10 +17,21 @@ from dataclasses import dataclass
 from glob import has_magic
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, cast
+from urllib.parse import parse_qsl, urlsplit
 
 from toolmem.errors import ToolmemError
 
 SUFFIXES = (".jsonl", ".json.gz", ".jsonl.gz", ".parquet", ".txt")
+SECRET_WORDS = (
+    "token",
+    "secret",
+    "password",
+    "signature",
+    "credential",
+    "apikey",
+    "api_key",
+    "sig",
+)
 HASHED_BYTES = 4096  # at either end
 # What stores call a file's version, the surest first.
 VERSIONS = (
@@ -82,9 +93,19 @@ def file_system(address: str) -> tuple[Any, str]:
     """The file system of an address, fsspec's, and the address within it.
 
     Raises:
-        ToolmemError: without fsspec, or the package that knows the protocol.
+        ToolmemError: without fsspec, or the package that knows the protocol; for an address with a key in it.
     """
     protocol = address.partition("://")[0]
+    try:
+        parts = urlsplit(address)
+    except ValueError as error:
+        raise ToolmemError(f"{address} is no address: {error}") from error
+    asked = {key.lower() for key, _ in parse_qsl(parts.query)}
+    if parts.password or any(word in key for key in asked for word in SECRET_WORDS):
+        raise ToolmemError(
+            f"{protocol}://{parts.hostname or ''}{parts.path}: this address holds a password or a key, which "
+            "config.yaml would keep: give it to the store by its environment variables or configuration"
+        )
     try:
         from fsspec.core import url_to_fs
     except ImportError as error:
