@@ -11,6 +11,7 @@ import toolmem as package
 from toolmem.cli import evaluate as command
 from toolmem.data import ATTRIBUTES
 from toolmem.evaluation import Score, measure_recall
+from toolmem.evaluation.recall import Sample
 
 
 @pytest.mark.parametrize("setting", ["in_weight", "in_tool"])
@@ -37,23 +38,19 @@ def test_counts(setting, runs, tmp_path, toolmem):
 def test_chunks_add_up(runs, monkeypatch):
     """A model that knows some of it is counted the same however the questions are parted."""
     run = package.load(runs / "in_weight")
-    known = {question.question for question in run.questions("known", 48)[::3]}
+    asked = command.questions_of(run, 48)
+    known = {question.question for question in asked["known"][::3]}
 
-    def half_right(model, tokenizer, questions, **options):
-        from toolmem.evaluation import RecallResult
-
-        scores: dict[str, Score] = {}
+    def half_right(model, tokenizer, questions, *, answered, **options):
         for question in questions:
-            before = scores.get(question.attribute, Score(0, 0))
-            correct = before.correct + (question.question in known)
-            scores[question.attribute] = Score(correct, before.total + 1)
-        return RecallResult(scores, [])
+            correct = question.question in known
+            answered(Sample(question.attribute, "", "", correct, (), "end"))
 
-    monkeypatch.setattr("toolmem.evaluation.measure_recall", half_right)
+    monkeypatch.setattr("toolmem.evaluation.recall.measure_recall", half_right)
     counts = []
     for chunk in (5, 512):
         monkeypatch.setattr(command, "CHUNK", chunk)
-        result = command.measure(run, 48, 8)["known"]
+        result = command.measure(run, asked, 8)["known"]
         counts.append({name: (s.correct, s.total) for name, s in result.attributes.items()})
     assert counts[0] == counts[1]
     assert sum(correct for correct, _ in counts[0].values()) == 16
@@ -143,7 +140,9 @@ def test_it_is_what_the_library_measures(runs):
     direct = measure_recall(
         run.model, run.tokenizer, run.questions("known", 8), toolbox=run.toolbox
     )
-    assert command.measure(run, 8, 3)["known"].as_dict() == direct.as_dict()
+    assert (
+        command.measure(run, command.questions_of(run, 8), 3)["known"].as_dict() == direct.as_dict()
+    )
 
 
 def test_without_unseen_people_there_is_one_column(runs, tmp_path, toolmem):
@@ -154,3 +153,47 @@ def test_without_unseen_people_there_is_one_column(runs, tmp_path, toolmem):
     assert called.code == 0
     assert "known people" in called.out
     assert "unseen people" not in called.out
+
+
+@pytest.mark.parametrize(("words", "again"), [((), 5), (("--invariant", "true"), 2)])
+def test_killed_it_goes_on_and_counts_nothing_twice(
+    words, again, runs, tmp_path, toolmem, monkeypatch
+):
+    """Of parts of five the one that was begun is asked anew, but where answers do not hang on company."""
+    from toolmem.evaluation import answers, recall
+
+    monkeypatch.setattr(command, "CHUNK", 5)
+    plain_add, plain_measure, asked = answers.Answers.add, recall.measure_recall, []
+
+    class Killed(BaseException):
+        pass
+
+    def add(self, row):
+        if len(self.rows) == 8:
+            raise Killed
+        plain_add(self, row)
+
+    def measure(model, tokenizer, questions, **options):
+        asked.append(len(questions))
+        return plain_measure(model, tokenizer, questions, **options)
+
+    def call(name):
+        out = ["--n_questions", 12, "--batch_size", 4, "--out", tmp_path / name]
+        return toolmem("evaluate", "--checkpoint", runs / "in_tool", *out, *words)
+
+    assert call("whole.json").code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(answers.Answers, "add", add)
+        with pytest.raises(Killed):
+            call("killed.json")
+    assert not (tmp_path / "killed.json").exists()
+    monkeypatch.setattr(recall, "measure_recall", measure)
+    assert call("killed.json").code == 0
+    assert asked[0] == again and asked[1] == 2
+    found = [json.loads((tmp_path / name).read_text()) for name in ("whole.json", "killed.json")]
+    assert found[0]["recall"] == found[1]["recall"]
+    files = [tmp_path / f"{name}.answers.jsonl" for name in ("whole", "killed")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    del asked[:]
+    assert call("killed.json").code == 0  # a call that came to its end is made anew
+    assert asked[:3] == [5, 5, 2]

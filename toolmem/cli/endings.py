@@ -86,7 +86,8 @@ def _as_first(command: str, work: Callable[[], Any]) -> int:
             raise leaving.__context__ from None
         raise
     except Exception as error:
-        if not is_echo(error) or not (reason := _reason()):
+        alone = "LOCAL_RANK" not in os.environ
+        if alone or not is_echo(error) or not (reason := _reason()):
             _say_why(error)
             raise
         print(f"toolmem {command}: {reason}", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolmem.cli.compiling import compiled_engine
@@ -14,7 +15,9 @@ from toolmem.files import write_json
 from toolmem.models.kernel_choice import KernelChoice
 
 if TYPE_CHECKING:
+    from toolmem.data.dialogues import Dialogue
     from toolmem.evaluation import RecallResult
+    from toolmem.evaluation.answers import Answers
     from toolmem.generation import Engine, Ranks
     from toolmem.run import Run
 
@@ -41,7 +44,8 @@ def evaluate(
     Args:
         checkpoint: a run's folder, or a .ckpt file.
         tasks: what to measure, separated by commas: recall.
-        out: a JSON file for the results, with exact counts and 95 % intervals.
+        out: a JSON file for the results, with exact counts and 95 % intervals. Beside it NAME.answers.jsonl
+            takes each answer as it comes; a call that was killed goes on from there.
         n_questions: asked of known people, and of unseen people, at most.
         factbase: the DuckDB file with the facts (default: facts.duckdb in the run's folder).
         allow_other_factbase: accept a factbase whose facts are not those of training.
@@ -75,9 +79,22 @@ def evaluate(
     )
     told = {}
     options = {"max_lanes": batch_size, "invariant": invariant}
+    asked = questions_of(run, n_questions)
     many = run.ranks(ranks, **options) if ranks > 1 else contextlib.nullcontext()
-    with many as pool, compiled_engine(run, compile, **options) as engine:
-        results = measure(run, n_questions, batch_size, invariant, pool or engine)
+    with contextlib.ExitStack() as stack:
+        answers = None
+        if out is not None:
+            how: dict[str, Any] = {
+                "batch_size": batch_size,
+                "invariant": invariant,
+                "ranks": ranks,
+                "compile": compile,
+            }
+            how |= {"attention": attention, "device": device}
+            answers = stack.enter_context(answers_beside(Path(out), run, asked, how))
+        pool = stack.enter_context(many)
+        engine = stack.enter_context(compiled_engine(run, compile, **options))
+        results = measure(run, asked, batch_size, invariant, pool or engine, answers)
         if engine is not None:
             told["compile_seconds"] = round(engine.stats().compile_seconds, 3)
     show(results)
@@ -95,42 +112,69 @@ def evaluate(
         )
 
 
+def questions_of(run: Run, n_questions: int) -> dict[str, list[Dialogue]]:
+    """Questions about known and about unseen people, at most so many of each."""
+    return {split: run.questions(split, n_questions) for split in ("known", "unseen")}
+
+
+def answers_beside(
+    out: Path, run: Run, asked: dict[str, list[Dialogue]], how: dict[str, Any]
+) -> Answers:
+    """The file of answers beside a file of results, taken up where there are no results yet.
+
+    Args:
+        out: the file of results.
+        run: is asked.
+        asked: questions by split.
+        how: options that decide the answers.
+
+    Raises:
+        ToolmemError: when it cannot be written.
+    """
+    import toolmem
+    from toolmem.evaluation.answers import Answers, questions_digest, weights_digest
+
+    path = out.with_name(f"{out.stem}.answers.jsonl")
+    if out.exists():  # a call that came to its end wrote it: this is another
+        path.unlink(missing_ok=True)
+    about = {
+        "step": run.checkpoint.step,
+        "weights": weights_digest(run.model),
+        "questions": questions_digest(asked),
+        "toolmem": toolmem.__version__,
+    }
+    return Answers(path, about | how)
+
+
 def measure(
     run: Run,
-    n_questions: int,
+    asked: dict[str, list[Dialogue]],
     batch_size: int,
     invariant: bool = False,
     engine: Engine | Ranks | None = None,
+    answers: Answers | None = None,
 ) -> dict[str, RecallResult]:
     """Recall by split; a split without people is left out."""
-    from toolmem.evaluation import RecallResult, Score, measure_recall
+    from toolmem.evaluation.recall import measure_in_parts
 
-    results: dict[str, RecallResult] = {}
     with progress() as bar:
-        for split in ("known", "unseen"):
-            questions = run.questions(split, n_questions)
-            task = bar.add_task(f"asking about {split} people", total=len(questions))
-            scores: dict[str, Any] = {}
-            samples = []
-            for start in range(0, len(questions), CHUNK):
-                chunk = questions[start : start + CHUNK]
-                part = measure_recall(
-                    run.model,
-                    run.tokenizer,
-                    chunk,
-                    toolbox=run.toolbox,
-                    batch_size=batch_size,
-                    invariant=invariant,
-                    engine=engine,
-                )
-                samples += part.samples
-                for name, score in part.attributes.items():
-                    before = scores.get(name, Score(0, 0))
-                    scores[name] = Score(before.correct + score.correct, before.total + score.total)
-                bar.advance(task, len(chunk))
-            if questions:
-                results[split] = RecallResult(scores, samples)
-    return results
+        tasks = {
+            split: bar.add_task(f"asking about {split} people", total=len(questions))
+            for split, questions in asked.items()
+        }
+        return measure_in_parts(
+            run.model,
+            run.tokenizer,
+            asked,
+            part=CHUNK,
+            answers=answers,
+            n_dialogues=CHUNK,
+            advance=lambda split, n: bar.advance(tasks[split], n),
+            toolbox=run.toolbox,
+            batch_size=batch_size,
+            invariant=invariant,
+            engine=engine,
+        )
 
 
 def show(results: dict[str, RecallResult]) -> None:

@@ -7,9 +7,10 @@ taken for "in York", and a model may word the rest of its sentence as it likes.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from toolmem.data.text.token_table import prompt_tokens
+from toolmem.generation import Engine as GenerationEngine
 from toolmem.generation import Request, generate
 from toolmem.generation.reference import check_all
 from toolmem.generation.turns import split_turns
@@ -25,6 +27,7 @@ from toolmem.generation.turns import split_turns
 if TYPE_CHECKING:
     from toolmem.data.dialogues import Dialogue
     from toolmem.data.tokenizers import Tokenizer
+    from toolmem.evaluation.answers import Answers
     from toolmem.generation import Engine, Generated, Ranks
     from toolmem.models import LanguageModel
     from toolmem.tools import Toolbox
@@ -147,6 +150,15 @@ class Sample:
             "turns": [{"role": role, "text": text} for role, text in self.turns],
         }
 
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> Sample:
+        """Out of plain data, which may lack the turns."""
+        turns = tuple((turn["role"], turn["text"]) for turn in row.get("turns", ()))
+        return cls(
+            row["attribute"], row["person"], row["expected"], row["correct"], turns,
+            row["finish_reason"],
+        )  # fmt: skip
+
 
 @dataclass(frozen=True)
 class RecallResult:
@@ -159,6 +171,14 @@ class RecallResult:
 
     attributes: dict[str, Score]
     samples: list[Sample] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample]) -> RecallResult:
+        """The result of dialogues, in the order asked."""
+        metric = Recall(list(dict.fromkeys(sample.attribute for sample in samples)))
+        for sample in samples:
+            metric.update(sample.attribute, sample.correct)
+        return cls(metric.scores(), list(samples))
 
     @property
     def overall(self) -> Score:
@@ -224,6 +244,7 @@ def measure_recall(
     max_new_tokens: int | None = None,
     invariant: bool = False,
     engine: Engine | Ranks | None = None,
+    answered: Callable[[Sample], None] | None = None,
 ) -> RecallResult:
     """Ask every question greedily, tools in the loop, and count the exact answers.
 
@@ -238,40 +259,121 @@ def measure_recall(
         invariant: the dialogues do not hang on ``batch_size``, bit for bit (float32 on a CPU; slower).
         engine: over this model and its tools, or ranks of such, asked in the place of one of its own;
             toolbox, batch size and invariance are then theirs.
+        answered: is told each dialogue, in the order asked, as soon as it and all before it are at
+            their end.
 
     Raises:
         ToolmemError: for a model that cannot be run so, or when a dialogue failed.
     """
-    metric = Recall(list(dict.fromkeys(question.attribute for question in questions)))
     if max_new_tokens is None:
         max_new_tokens = answer_budget(questions, tokenizer)
     prompts = [prompt_tokens(question.question, tokenizer) for question in questions]
-    if engine is not None:
-        requests = [Request(prompt, max_new_tokens=max_new_tokens) for prompt in prompts]
-        generated = list(engine.each(requests))
-    else:
-        generated = generate(
-            model,
-            tokenizer,
-            prompts,
-            toolbox=toolbox,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            invariant=invariant,
-        )
-    check_all(generated)
-    samples = []
-    for question, dialogue in zip(questions, generated, strict=True):
-        turns = split_turns(dialogue.tokens, tokenizer)
-        correct = is_answered(dialogue, question, tokenizer)
-        metric.update(question.attribute, correct)
-        samples.append(
-            Sample(
-                question.attribute, question.person, question.answer, correct, tuple(turns),
-                dialogue.finish_reason,
+    requests = [Request(prompt, max_new_tokens=max_new_tokens) for prompt in prompts]
+    samples: list[Sample] = []
+    with contextlib.ExitStack() as stack:
+        generated: Iterable[Generated]
+        if engine is None and answered is not None and questions:
+            lanes = min(batch_size, len(questions))
+            engine = stack.enter_context(
+                GenerationEngine(model, tokenizer, toolbox, max_lanes=lanes, invariant=invariant)
             )
-        )  # fmt: skip
-    return RecallResult(metric.scores(), samples)
+        if engine is not None:
+            generated = engine.each(requests)
+        else:
+            generated = generate(
+                model,
+                tokenizer,
+                prompts,
+                toolbox=toolbox,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                invariant=invariant,
+            )
+        if answered is None:
+            generated = list(generated)
+            check_all(generated)
+        for question, dialogue in zip(questions, generated, strict=True):
+            check_all([dialogue])
+            turns = split_turns(dialogue.tokens, tokenizer)
+            correct = is_answered(dialogue, question, tokenizer)
+            samples.append(
+                Sample(
+                    question.attribute, question.person, question.answer, correct, tuple(turns),
+                    dialogue.finish_reason,
+                )
+            )  # fmt: skip
+            if answered is not None:
+                answered(samples[-1])
+    return RecallResult.of(samples)
+
+
+def measure_in_parts(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    splits: Mapping[str, Sequence[Dialogue]],
+    *,
+    part: int,
+    answers: Answers | None = None,
+    n_dialogues: int = 0,
+    advance: Callable[[str, int], None] | None = None,
+    **options: Any,
+) -> dict[str, RecallResult]:
+    """Recall by split, part after part; what a file of answers holds already is not asked again.
+
+    A part that was not brought to its end is asked again as a whole, so that each question has the
+    company that it would have had, and the same answer to the last bit; where answers do not hang on
+    company (``invariant``), only what is missing.
+
+    Args:
+        model: on any device.
+        tokenizer: the one that it was trained with.
+        splits: questions by name; one without any is left out.
+        part: questions asked at once.
+        answers: where to write each answer down as it comes.
+        n_dialogues: of each split, whose turns are written down, too.
+        advance: is told of each split and how many more of its questions have an answer.
+        options: as of ``measure_recall``.
+
+    Raises:
+        ToolmemError: as ``measure_recall``.
+    """
+    results: dict[str, RecallResult] = {}
+    before = 0  # answers to the splits before this one
+    for split, questions in splits.items():
+        rows = [] if answers is None else answers.rows[before : before + len(questions)]
+        done = len(rows) if options.get("invariant") else len(rows) // part * part
+        if len(rows) == len(questions):
+            done = len(rows)
+        if answers is not None:
+            if done < len(rows):
+                answers.keep(before + done)
+            before += len(questions)
+        samples = [Sample.from_dict(row) for row in rows[:done]]
+        if advance is not None and done:
+            advance(split, done)
+
+        def answered(sample: Sample, split: str = split, samples: list[Sample] = samples) -> None:
+            if answers is not None:
+                row = sample.as_dict()
+                if len(samples) >= n_dialogues:
+                    del row["turns"]
+                answers.add({"split": split, **row})
+            samples.append(sample)
+            if advance is not None:
+                advance(split, 1)
+
+        while done < len(questions):
+            first = done // part * part
+            budget = answer_budget(questions[first : first + part], tokenizer)
+            asked = questions[done : first + part]
+            measure_recall(
+                model, tokenizer, asked,
+                answered=answered, **{"max_new_tokens": budget, **options},
+            )  # fmt: skip
+            done += len(asked)
+        if questions:
+            results[split] = RecallResult.of(samples)
+    return results
 
 
 def _length(question: Dialogue, tokenizer: Tokenizer) -> int:

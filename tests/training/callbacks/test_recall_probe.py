@@ -85,22 +85,89 @@ def test_modes_and_random_numbers_are_put_back():
 
 
 def test_training_stops_when_enough_is_recalled(tmp_path, monkeypatch):
-    from toolmem.evaluation.recall import RecallResult, Score
+    from toolmem.evaluation.recall import Sample
 
     asked = []
 
-    def measure(model, tokenizer, questions, **options):
+    def measure(model, tokenizer, questions, *, answered, **options):
         asked.append(len(questions))
-        return RecallResult({"birth_date": Score(len(asked), 4)}, [])
+        for number in range(len(questions)):
+            answered(Sample("birth_date", "", "", number <= len(asked), (), "end"))
 
     monkeypatch.setattr("toolmem.evaluation.recall.measure_recall", measure)
     probe = RecallProbe(every_n_steps=2, n_questions=5, n_unseen=0, stop_at=0.75)
     module, trainer = fit(tmp_path, probe, max_steps=50)
     assert trainer.global_step == 6
-    assert module.reported["recall/exact_match"] == (6, 0.75)
-    assert module.reported["recall/exact_match/birth_date"] == (6, 0.75)
+    assert module.reported["recall/exact_match"] == (6, 0.8)
+    assert module.reported["recall/exact_match/birth_date"] == (6, 0.8)
     assert asked == [5, 5, 5]
     assert probe.ended == "recall reached"
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("kill_at", [0, 3, 4, 7, 8, 10])
+def test_a_round_that_was_killed_asks_again_only_what_is_missing(tmp_path, monkeypatch, kill_at):
+    """Eight questions and three, two at a time, in parts of four; a cut line is cut off."""
+    from toolmem.evaluation import answers, recall
+
+    options = {"every_n_steps": 2, "n_questions": 8, "n_unseen": 3, "batch_size": 2, "n_samples": 2}
+    fit(tmp_path / "whole", RecallProbe(**options, show=False))
+    plain_add, plain_measure, asked = answers.Answers.add, recall.measure_recall, []
+
+    def add(self, row):
+        if len(self.rows) == kill_at and not asked:
+            self._file.write(b'{"split": "kno')
+            self._file.flush()
+            raise Killed
+        plain_add(self, row)
+
+    def measure(model, tokenizer, questions, **options):
+        asked.append(len(questions))
+        return plain_measure(model, tokenizer, questions, **options)
+
+    run = tmp_path / "killed"
+    with monkeypatch.context() as patch:
+        patch.setattr(answers.Answers, "add", add)
+        with pytest.raises(Killed):
+            fit(run, RecallProbe(**options, show=False))
+    left = run / "evaluations" / "recall_step_2.jsonl"
+    assert left.read_bytes().endswith(b'{"split": "kno')
+    monkeypatch.setattr(recall, "measure_recall", measure)
+    fit(run, RecallProbe(**options, show=False))
+    first = [4, 4, 3][min(kill_at // 4, 2) :]
+    assert asked == first + [4, 4, 3]  # what is left of the first round, and the second
+    for name in ("evaluations", "samples"):
+        files = sorted((tmp_path / "whole" / name).iterdir())
+        assert len(files) == 2
+        for file in files:
+            assert (run / name / file.name).read_bytes() == file.read_bytes()
+    about, rows = answers.read_answers(left)
+    assert about["step"] == 2
+    assert [row["split"] for row in rows] == ["known"] * 8 + ["unseen"] * 3
+    assert ["turns" in row for row in rows] == [True] * 2 + [False] * 6 + [True] * 2 + [False]
+
+
+def test_another_model_is_asked_anew(tmp_path, monkeypatch):
+    """Answers of a run that had other weights at this step, or other questions, are not its own."""
+    from toolmem.evaluation import recall
+
+    plain, asked = recall.measure_recall, []
+
+    def measure(model, tokenizer, questions, **options):
+        asked.append(len(questions))
+        return plain(model, tokenizer, questions, **options)
+
+    monkeypatch.setattr(recall, "measure_recall", measure)
+
+    def go(n_questions=4, **data):
+        probe = RecallProbe(every_n_steps=4, n_questions=n_questions, n_unseen=0, show=False)
+        fit(tmp_path, probe, facts(**data))
+        return len(asked)
+
+    assert [go(), go(), go(seed=3), go(seed=3, n_questions=5)] == [1, 1, 2, 3]
 
 
 def test_gives_up_what_is_out_of_reach_and_stays_ended_where_it_goes_on(tmp_path):

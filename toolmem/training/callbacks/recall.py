@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 REACHED = "recall reached"
 OUT_OF_REACH = "recall out of reach"
+PARTS = 2  # batches of questions asked at once: what a kill in their midst costs
 
 
 class RecallProbe(pl.Callback):
@@ -39,7 +40,9 @@ class RecallProbe(pl.Callback):
 
     Logs ``recall/exact_match`` and ``recall/exact_match/ATTRIBUTE`` on people that training knows,
     and ``recall/unseen/exact_match`` on people that it does not; shows two dialogues; writes those
-    it saw to ``samples/step_N.jsonl``. Data without questions is passed over in silence. The
+    it saw to ``samples/step_N.jsonl``, and each question's outcome, as it comes, to
+    ``evaluations/recall_step_N.jsonl``: a run that is killed in the midst of a round does not ask again
+    what was answered. Data without questions is passed over in silence. The
     model's mode and all random numbers are left as they were, so training goes the same way with
     and without it.
 
@@ -181,20 +184,33 @@ class RecallProbe(pl.Callback):
     def _measure(
         self, trainer: pl.Trainer, module: LanguageModelModule, model: LanguageModel
     ) -> dict[str, float]:
-        from toolmem.evaluation.recall import measure_recall
+        from toolmem.evaluation.answers import Answers, questions_digest, weights_digest
+        from toolmem.evaluation.recall import measure_in_parts
 
+        step = trainer.global_step
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-        metrics: dict[str, float] = {}
-        samples: list[dict[str, Any]] = []
-        for split, questions in self._questions.items():
-            with undisturbed(module.model), averaged_weights(trainer, module):
-                result = measure_recall(
+        path = Path(trainer.default_root_dir) / "evaluations" / f"recall_step_{step}.jsonl"
+        with undisturbed(module.model), averaged_weights(trainer, module):
+            about = {
+                "step": step,
+                "weights": weights_digest(model),
+                "questions": questions_digest(self._questions),
+                "batch_size": self.batch_size,
+            }
+            with Answers(path, about) as answers:
+                results = measure_in_parts(
                     model,
                     tokenizer,
-                    questions,
+                    self._questions,
+                    part=PARTS * self.batch_size,
+                    answers=answers,
+                    n_dialogues=self.n_samples,
                     toolbox=self._toolbox,
                     batch_size=self.batch_size,
                 )
+        metrics: dict[str, float] = {}
+        samples: list[dict[str, Any]] = []
+        for split, result in results.items():
             metrics |= metrics_of(result, split)
             samples += [{"split": split, **sample} for sample in kept(result, self.n_samples)]
         self._keep(trainer, samples)
