@@ -23,6 +23,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "recall of a trained model, with exact counts and intervals",
     ),
     "inspect": ("toolmem.cli.inspect", "parameters, FLOPs and memory of a recipe's model"),
+    "plan": (
+        "toolmem.cli.plan",
+        "memory and communication of a recipe's training, and what fits on which devices",
+    ),
     "sweep": (
         "toolmem.cli.sweep",
         "many runs from one recipe: a grid or a search, one file of results, a plot",

@@ -128,6 +128,17 @@ def checkpoint_blocks(model: LanguageModel, how: ActivationCheckpointing) -> Non
             block.forward = MethodType(_forward, block)
 
 
+def release_blocks(model: LanguageModel) -> None:
+    """Let the blocks keep again what their operations keep."""
+    for block in model.blocks:
+        how = block.__dict__.pop("checkpointing", None)
+        if how is not None:
+            inner = block.__dict__.pop("inner_forward")
+            del block.forward
+            if inner is not None:
+                block.forward = MethodType(inner, block)
+
+
 def _forward(self: Any, x: Tensor, context: Context, cache: Any = None) -> Tensor:
     """A block's forward pass that keeps little for the backward pass."""
     how: ActivationCheckpointing = self.checkpointing

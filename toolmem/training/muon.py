@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -165,15 +164,15 @@ class MuonAdamW(Optimizer):
             buffers.append(own_piece(state["momentum_buffer"]))
         pieces = [own_piece(parameter) for parameter in params]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
-        updates = (
-            list(torch._foreach_lerp(grads, buffers, momentum)) if group["nesterov"] else buffers
-        )
         if group["weight_decay"]:
             torch._foreach_mul_(pieces, 1 - lr * group["weight_decay"])
-        for (shape, placements), members in self._batches(params).items():
-            found = [updates[i] for i in members]
-            like = None if placements is None else params[members[0]]
-            batch = self._orthogonal(found, group["steps"], like)
+        # Updates are made some at a time: of all of them they would be another copy of the gradients.
+        for shape, members in self._stacks(params):
+            updates = [buffers[i] for i in members]
+            if group["nesterov"]:
+                updates = list(torch._foreach_lerp([grads[i] for i in members], updates, momentum))
+            like = params[members[0]] if hasattr(params[members[0]], "placements") else None
+            batch = self._orthogonal(updates, group["steps"], like)
             alpha = -lr * rate_ratio(shape, group["adjust"])
             targets = [pieces[i] for i in members]
             if batch[0].dtype == targets[0].dtype:
@@ -182,40 +181,34 @@ class MuonAdamW(Optimizer):
                 for target, update in zip(targets, batch, strict=True):
                     target.add_(update, alpha=alpha)
 
-    def _batches(self, params: list[Tensor]) -> dict[tuple[torch.Size, Any], list[int]]:
-        """Numbers of parameters that are alike: of one shape, and split over ranks in one way."""
-        batches: dict[tuple[torch.Size, Any], list[int]] = defaultdict(list)
+    def _stacks(self, params: list[Tensor]) -> Iterator[tuple[torch.Size, list[int]]]:
+        """Numbers of parameters that are alike, of one shape and split over ranks in one way: as many at
+        once as are worth it.
+        """
+        alike: dict[tuple[torch.Size, Any], list[int]] = defaultdict(list)
         for index, parameter in enumerate(params):
-            batches[parameter.shape, getattr(parameter, "placements", None)].append(index)
-        return batches
+            alike[parameter.shape, getattr(parameter, "placements", None)].append(index)
+        for (shape, _), members in alike.items():
+            at_once = max(1, STACK_LIMIT // max(shape.numel(), 1))
+            for start in range(0, len(members), at_once):
+                yield shape, members[start : start + at_once]
 
     def _orthogonal(self, updates: list[Tensor], steps: int, like: Any = None) -> list[Tensor]:
-        """Orthogonalise updates of one shape, as many at once as are worth it.
+        """Orthogonalise updates of one shape together.
 
         Args:
             updates: of matrices, or this rank's pieces of them.
             steps: iterations.
             like: a ``DTensor`` of which the updates are pieces; None where they are whole.
         """
-        gather: Any = None
-        scatter: Any = None
         if like is not None:
             from toolmem.training.parallel import matrices
 
             if not matrices.holds_whole_matrices(like):
-                gather = partial(matrices.gathered, like=like)
-                scatter = partial(matrices.own_pieces, like=like)
-        size = updates[0].numel() if like is None else like.numel()
-        at_once = max(1, STACK_LIMIT // max(size, 1))
-        result: list[Tensor] = []
-        for start in range(0, len(updates), at_once):
-            part = updates[start : start + at_once]
-            if gather is not None:
-                result += scatter(orthogonalize(gather(part), steps, self.dtype))
-                continue
-            stack = part[0].unsqueeze(0) if len(part) == 1 else torch.stack(part)
-            result += orthogonalize(stack, steps, self.dtype).unbind(0)
-        return result
+                whole = matrices.gathered(updates, like=like)
+                return matrices.own_pieces(orthogonalize(whole, steps, self.dtype), like=like)
+        stack = updates[0].unsqueeze(0) if len(updates) == 1 else torch.stack(updates)
+        return list(orthogonalize(stack, steps, self.dtype).unbind(0))
 
     def _adamw(self, group: dict[str, Any], params: list[Tensor]) -> None:
         averages, squares, steps = [], [], []
