@@ -36,7 +36,7 @@ from toolmem.training import (
     RecallProbe,
     Throughput,
 )
-from toolmem.training.callbacks import Preemption, SkippedDocuments
+from toolmem.training.callbacks import Preemption, Profiling, SkippedDocuments
 from toolmem.training.folders import RunFolder
 from toolmem.training.initial_weights import base_for
 from toolmem.training.loggers import tensorboard_logger, wandb_logger
@@ -149,6 +149,10 @@ class ToolmemCLI(LightningCLI):
             "--exposures", type=int | None, default=None,
             help="Train until each fact was seen so many times, on the mean, in place of trainer.max_steps.",
         )  # fmt: skip
+        parser.add_argument(
+            "--profile", type=int, nargs="?", const=5, default=0,
+            help="Watch so many steps (5 without a number) and write what they cost to RUNS/NAME/profile.",
+        )  # fmt: skip
         parser.add_lightning_class_args(Checkpointing, "checkpointing")
         parser.add_lightning_class_args(RecallProbe, "recall")
         parser.add_lightning_class_args(NormProbe, "norms")
@@ -222,6 +226,8 @@ class ToolmemCLI(LightningCLI):
             callbacks.append(Progress())
         if getattr(self.datamodule, "on_bad_document", "fatal") == "skip" and callbacks:
             callbacks.append(SkippedDocuments())
+        if self.command == "fit" and self.settings.profile:
+            callbacks.append(Profiling(self.settings.profile))
         if self.command == "fit" and self.interruptible:
             callbacks.append(Preemption(ctrl_c=True, max_seconds=self._max_seconds()))
             kwargs["max_time"] = None

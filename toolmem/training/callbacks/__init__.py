@@ -13,6 +13,7 @@ __getattr__, __dir__, __all__ = attach(
         "NormProbe": "toolmem.training.callbacks.norms",
         "Preempted": "toolmem.training.callbacks.preemption",
         "Preemption": "toolmem.training.callbacks.preemption",
+        "Profiling": "toolmem.training.callbacks.profiling",
         "Progress": "toolmem.training.callbacks.progress",
         "RecallProbe": "toolmem.training.callbacks.recall",
         "SkippedDocuments": "toolmem.training.callbacks.skipped_documents",
