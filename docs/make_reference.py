@@ -18,6 +18,7 @@ from docstring_parser import parse
 
 from toolmem.cli import COMMANDS
 from toolmem.cli import facts as facts_cli
+from toolmem.cli.convert import convert
 from toolmem.cli.demo import demo
 from toolmem.cli.evaluate import evaluate
 from toolmem.cli.generate import generate
@@ -210,6 +211,7 @@ def page() -> str:
     text += command("toolmem plot", plot_page, ("folder",))
     text += command("toolmem plot norms", plot_norms, ("run",))
     text += command("toolmem plot circuits", plot_circuits, ("run",))
+    text += command("toolmem convert", convert, ("source", "target"))
     for name, (function, positional, _) in facts_cli.COMMANDS.items():
         text += command(f"toolmem facts {name}", function, tuple(positional))
     text += command("toolmem tool sql", sql, ("file", "query"))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,11 +33,13 @@ def explain_os_error(error: OSError, path: str | Path) -> ToolmemError:
 
 
 @contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | Path, *, sync: bool = True, durable: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it is synced to disk and renamed, else removed.
 
     Args:
         path: the file to be written; its folder is created when missing.
+        sync: False where what lies at the temporary path is on disk already.
+        durable: sync the folder too, so that the new file is there even after a power cut.
 
     Raises:
         ToolmemError: when the folder cannot be written or the disk is full.
@@ -53,21 +57,37 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     temporary.unlink()  # some writers (DuckDB) want to create the file themselves
     try:
         yield temporary
-        with open(temporary, "rb") as stream:
-            os.fsync(stream.fileno())
+        if sync:
+            with open(temporary, "rb") as stream:
+                os.fsync(stream.fileno())
         if target.exists():
             temporary.chmod(target.stat().st_mode & 0o777)
         temporary.replace(target)
+        if durable:
+            sync_folder(target.parent)
     except OSError as error:
         raise explain_os_error(error, target) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def sync_folder(path: Path) -> None:
+    """Let the names in a folder reach the disk, where the file system can be asked to."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # not of every network's file system
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def remove_unfinished(folder: str | Path) -> None:
     """Remove what a killed process had not yet written to its end in a folder that no other writes to."""
     for path in Path(folder).glob(".*.part"):
-        path.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:

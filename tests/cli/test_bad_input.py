@@ -13,6 +13,8 @@ import pytest
 import torch
 from cli_toys import TINY, changed, write_config
 
+from toolmem import checkpoints
+
 DATA, MODEL = "data__init_args__", "model__model__init_args__"
 TEXT = {"class_path": "toolmem.data.TextDataModule", "init_args": {"seq_len": 16}}
 PEOPLE = "name,city\nAnn Smith,Oslo\nBob Jones,Rome\n"
@@ -294,9 +296,9 @@ def truncate(file: Path) -> None:
 
 def edit(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     def apply(file: Path) -> None:
-        checkpoint = torch.load(file, weights_only=True)
+        checkpoint = checkpoints.read(file)
         change(checkpoint)
-        torch.save(checkpoint, file)
+        checkpoints.write(checkpoint, file)
 
     return apply
 

@@ -31,7 +31,7 @@ def timeless(run: Path) -> list[dict[str, str]]:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    return checkpoints.read(run / "checkpoints" / "last.ckpt")["state_dict"]
 
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:

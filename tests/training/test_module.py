@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from training_toys import SEQ, ToyData, make_batch, make_module, make_trainer, tiny
 
+from toolmem import checkpoints
 from toolmem.data.batch import Batch
 from toolmem.errors import ToolmemError
 from toolmem.training import AdamW, Constant, Cosine
@@ -249,7 +250,7 @@ def test_two_processes_equal_one(tmp_path):
         p.data.copy_(w)
     validation = plain_loss(after, [uneven(i) for i in range(2000, 2006)])
     assert reported["val/loss"][1] == pytest.approx(validation.item())
-    kept = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["toolmem"]
+    kept = checkpoints.read(tmp_path / "checkpoints" / "last.ckpt")["toolmem"]
     assert kept["metrics"]["train_tokens"]["count"] == reported["train/tokens"][1]
 
 

@@ -149,7 +149,7 @@ def test_in_the_middle_of_accumulation(tmp_path, step):
 def test_a_checkpoint_holds_plain_data_and_rebuilds_its_model(tmp_path):
     module, _ = run(tmp_path)
     file = tmp_path / "checkpoints" / "last.ckpt"
-    checkpoint = torch.load(file, weights_only=True)
+    checkpoint = checkpoints.read(file)
     about = checkpoint["toolmem"]
     assert about["format"] == checkpoints.FORMAT
     assert about["data"]["factbase"]["fingerprint"] == "aaaa"

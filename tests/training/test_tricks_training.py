@@ -202,7 +202,7 @@ def test_average_is_what_the_formula_says_and_what_the_checkpoint_holds(tmp_path
     average = [w.double() for w in weights.seen[2]]
     for step in weights.seen[3:]:
         average = [0.8 * a + 0.2 * w.double() for a, w in zip(average, step, strict=True)]
-    loaded = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    loaded = checkpoints.read(tmp_path / "checkpoints" / "last.ckpt")
     model = checkpoints.build_model(loaded["toolmem"]["model"], "here")
     model.load_state_dict({k.removeprefix("model."): v for k, v in loaded["state_dict"].items()})
     current = list(loaded["current_model_state"].values())
@@ -240,7 +240,7 @@ class Stop(pl.Callback):
 
 def assert_same_end(first, second):
     first, second = (
-        torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+        checkpoints.read(folder / "checkpoints" / "last.ckpt")
         for folder in (first, second)
     )
     for key in ("state_dict", "current_model_state"):

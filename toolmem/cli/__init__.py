@@ -35,6 +35,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "toolmem.cli.plot",
         "a page of what a sweep or a run has to show, or one kind of figure",
     ),
+    "convert": (
+        "toolmem.cli.convert",
+        "a checkpoint in another form: one file, shards, or weights alone",
+    ),
     "facts": ("toolmem.cli.facts", "build a factbase, or show one"),
     "tool": ("toolmem.cli.tool", "try a tool by hand"),
     "tokenizer": ("toolmem.cli.tokenizer", "train a BPE tokenizer"),

@@ -321,9 +321,15 @@ class RunFiles(SaveConfigCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write ``config.yaml``."""
+        self.text = self.parser.dump(self.config, skip_none=False)
         if trainer.is_global_zero:
-            text = self.parser.dump(self.config, skip_none=False)
-            write_text(Path(trainer.default_root_dir) / "config.yaml", text)
+            write_text(Path(trainer.default_root_dir) / "config.yaml", self.text)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep the config in checkpoints too: one that was copied away still says how it was made."""
+        checkpoint["config"] = self.text
 
 
 def _hint(message: str) -> str:

@@ -101,29 +101,28 @@ class RunFolder:
             )
         return cls(Path(runs) / name)
 
-    @property
-    def last_checkpoint(self) -> Path:
-        """The newest checkpoint's file."""
-        return self.path / "checkpoints" / "last.ckpt"
-
     def checkpoint_to_resume(
         self, ckpt_path: str | None, resume: Literal["auto", "never"]
     ) -> str | None:
         """The checkpoint that training starts from; None starts anew.
+
+        Of the run's own it is the newest that is whole: a damaged one is put aside, with a warning.
 
         Args:
             ckpt_path: what the user named: a file, a run's folder, ``last``, or nothing.
             resume: ``auto`` goes on where the run stopped; ``never`` refuses to touch a run that exists.
 
         Raises:
-            ToolmemError: when the named file is missing, or the run exists and was not to be resumed.
+            ToolmemError: when the named file is missing, the run exists and was not to be resumed, or all
+                its checkpoints are damaged.
         """
         if ckpt_path not in (None, "last"):
             return str(checkpoints.resolve(str(ckpt_path)))
-        if not self.last_checkpoint.is_file():
-            return None
         if ckpt_path == "last" or resume == "auto":
-            return str(self.last_checkpoint)
+            found = checkpoints.newest_intact(self.path)
+            return None if found is None else str(found)
+        if not any((self.path / "checkpoints").glob("*.ckpt")):
+            return None
         raise ToolmemError(
             f"the run {self.path} exists already: go on with it by --resume auto, or give this one "
             "another --name"

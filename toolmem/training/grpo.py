@@ -163,6 +163,7 @@ class GRPO(LanguageModelModule):
         Raises:
             ToolmemError: for data without questions, or gradients gathered over several batches.
         """
+        super().setup(stage)
         if stage != "fit":
             return
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]

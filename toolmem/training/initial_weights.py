@@ -104,7 +104,7 @@ def load_initial_weights(
 def _read(init_from: str | Path) -> tuple[Path, dict[str, Any]]:
     try:
         file = checkpoints.resolve(init_from)
-        return file, checkpoints.read(file)
+        return file, checkpoints.read(file, parts=("state_dict", checkpoints.KEY))
     except ToolmemError as error:
         raise ToolmemError(
             f"model.init_from: {error}; train that run first, or name another"

@@ -160,7 +160,7 @@ def logged_version(checkpoint: str | Path | None, logger: str) -> str | None:
     """
     if checkpoint is None:
         return None
-    about = checkpoints.about_of(checkpoints.read(checkpoint), checkpoint)
+    about = checkpoints.about_of(checkpoints.read_state(checkpoint), checkpoint)
     version = about.get("loggers", {}).get(logger)
     return None if version is None else str(version)
 
@@ -224,7 +224,7 @@ def tensorboard_logger(folder: str | Path, *, checkpoint: str | Path | None = No
 
     options: dict[str, Any] = {}
     if checkpoint is not None:
-        options["purge_step"] = int(checkpoints.read(checkpoint).get("global_step", 0)) + 1
+        options["purge_step"] = int(checkpoints.read_state(checkpoint).get("global_step", 0)) + 1
     try:
         return TensorBoardLogger(str(folder), name="", version="tensorboard", **options)
     except ModuleNotFoundError as error:

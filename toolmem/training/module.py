@@ -46,8 +46,11 @@ from toolmem.training.metrics import (
     saved_state,
 )
 from toolmem.training.mixed_precision import MixedPrecision
+from toolmem.training.optimizer_names import by_name, by_number, parameter_names
 from toolmem.training.optimizers import OptimizerConfig
+from toolmem.training.random_state import own_random_state, random_states, restore_random_state
 from toolmem.training.schedules import Schedule
+from toolmem.training.sharded_checkpoints import take_over
 
 if TYPE_CHECKING:
     from toolmem.training.parallel.ranks import Ranks
@@ -124,6 +127,7 @@ class LanguageModelModule(pl.LightningModule):
         self.reported: dict[str, tuple[int, float]] = {}
         self._pending = 0  # this rank's loss-bearing tokens in the gradients gathered so far
         self._restored_gradients: dict[str, Tensor] = {}
+        self._restored_random: Mapping[str, Any] | None = None
         self._resumed = False
         self.ranks: Ranks | None = None  # set with the processes
         self.sharded = False  # parameters are DTensors
@@ -137,6 +141,10 @@ class LanguageModelModule(pl.LightningModule):
             self.__dict__[name] = value
         else:
             super().__setattr__(name, value)
+
+    def setup(self, stage: str) -> None:
+        """Checkpoints are our files, whoever asks for one."""
+        take_over(self.trainer.strategy)
 
     def configure_model(self) -> None:
         """Lightning's hook, when processes have found each other: split the model over them where the
@@ -298,6 +306,7 @@ class LanguageModelModule(pl.LightningModule):
         """Lightning's hook: one optimizer, its schedule stepped with it."""
         total = self.trainer.max_steps
         optimizer = self.optimizer_config.build(self.model)
+        optimizer.register_load_state_dict_pre_hook(self._number_states)
         if self.sharded:
             from toolmem.training.parallel.layout import keep_own_order_of_optimizer
 
@@ -307,6 +316,11 @@ class LanguageModelModule(pl.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    def _number_states(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        """A checkpoint's optimizer states, in this optimizer's order."""
+        path = self.trainer.ckpt_path or "the checkpoint"
+        return by_number(state, optimizer, parameter_names(self, optimizer), str(path))
 
     def lr_scheduler_step(self, scheduler: LRScheduler, metric: Any) -> None:
         """Let the model do what it does once a step, log the step, then move the schedule on.
@@ -369,6 +383,12 @@ class LanguageModelModule(pl.LightningModule):
             if name in self._restored_gradients:
                 parameter.grad = self._as_gradient(name, parameter)
         self._restored_gradients = {}
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Put random numbers back, once all that draws some before the first batch has done so."""
+        if self._restored_random is not None:
+            restore_random_state(self._restored_random, self.device)
+            self._restored_random = None
 
     def _as_gradient(self, name: str, parameter: Tensor) -> Tensor:
         found = self._restored_gradients[name]
@@ -459,6 +479,14 @@ class LanguageModelModule(pl.LightningModule):
         }
         about["pending_tokens"] = int(self._pending_over_ranks().item())
         checkpoint[checkpoints.KEY] = about
+        checkpoint["random"] = random_states(self.device)
+        if "optimizer_states" in checkpoint:
+            checkpoint["optimizer_states"] = [
+                by_name(state, parameter_names(self, optimizer))
+                for state, optimizer in zip(
+                    checkpoint["optimizer_states"], self.trainer.optimizers, strict=True
+                )
+            ]
         if about[
             "pending_tokens"
         ]:  # in the middle of accumulation: what is gathered must not be lost
@@ -506,3 +534,4 @@ class LanguageModelModule(pl.LightningModule):
         self.train_extras.restore_state(about["metrics"].get("train_extras", {}), rank, self.device)
         self._pending = about["pending_tokens"] if rank == 0 else 0
         self._restored_gradients = checkpoint.get("pending_gradients", {})
+        self._restored_random = own_random_state(checkpoint.get("random", ()), rank)

@@ -141,6 +141,7 @@ class PopulationModule(LanguageModelModule):
             ToolmemError: for other data, another number of members, more devices than one, a precision
                 or a callback that is for one model.
         """
+        super().setup(stage)
         data, trainer = getattr(self.trainer, "datamodule", None), self.trainer
         if not isinstance(data, PopulationDataModule):
             raise ToolmemError(

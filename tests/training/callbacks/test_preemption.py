@@ -10,6 +10,7 @@ import pytest
 import torch
 from training_toys import ToyData, make_module, make_trainer
 
+from toolmem import checkpoints
 from toolmem.training import Checkpointing
 from toolmem.training.callbacks.preemption import SIGNALS, Preempted, Preemption, end_on_signals
 
@@ -61,7 +62,7 @@ def test_it_ends_after_the_step_and_goes_on_the_same(tmp_path, batch, accumulate
         fit(tmp_path / "part", Preemption(), asked, **options)
     assert ended.value.signum == signal.SIGUSR2
     last = tmp_path / "part" / "checkpoints" / "last.ckpt"
-    assert torch.load(last, weights_only=True)["global_step"] == step
+    assert checkpoints.read(last)["global_step"] == step
     rest, data = fit(tmp_path / "part", Preemption(), resume=last, **options)
     assert data.log == all_batches.log[batches:]
     for mine, expected in zip(rest.parameters(), whole.parameters(), strict=True):
@@ -70,7 +71,7 @@ def test_it_ends_after_the_step_and_goes_on_the_same(tmp_path, batch, accumulate
 
 def test_a_run_that_is_over_anyway_is_over(tmp_path):
     fit(tmp_path, Preemption(), Asks(7, signal.SIGTERM))
-    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    saved = checkpoints.read(tmp_path / "checkpoints" / "last.ckpt")
     assert saved["global_step"] == 8
 
 

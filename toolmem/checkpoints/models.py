@@ -1,13 +1,4 @@
-"""What a checkpoint holds, and how a model is rebuilt from it alone.
-
-A checkpoint is one file of plain data (``torch.load(..., weights_only=True)`` reads it). Beside what
-Lightning keeps (weights, optimizer, loops, callbacks) it has the key ``toolmem``::
-
-    format    1
-    version   the toolmem that wrote it
-    model     {"class_path": "toolmem.models.Transformer", "init_args": {...}}
-    data      {"tokenizer": {...}, "factbase": {"fingerprint": ...} | None, "setting": ..., ...}
-"""
+"""A model rebuilt from a checkpoint alone."""
 
 from __future__ import annotations
 
@@ -17,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import toolmem
+from toolmem.checkpoints.formats import KEY, first_line, read
+from toolmem.checkpoints.places import resolve
+from toolmem.checkpoints.stored import FORMAT, unknown_format
 from toolmem.class_path import import_class, path_of
 from toolmem.errors import ToolmemError
-from toolmem.files import atomic_path
 
 if TYPE_CHECKING:
     import torch
@@ -27,8 +20,6 @@ if TYPE_CHECKING:
     from toolmem.data.tokenizers import Tokenizer
     from toolmem.models import LanguageModel
 
-FORMAT = 1
-KEY = "toolmem"
 WEIGHTS_PREFIX = "model."  # LanguageModelModule keeps its model under this name
 
 
@@ -50,108 +41,6 @@ def describe(model: LanguageModel, data: Mapping[str, Any]) -> dict[str, Any]:
         "model": {"class_path": class_path(model), "init_args": dict(model.init_args)},
         "data": dict(data),
     }
-
-
-def write(checkpoint: Mapping[str, Any], path: str | Path) -> None:
-    """Write a checkpoint in one step: temporary name, synced to disk, renamed.
-
-    Raises:
-        ToolmemError: when the folder cannot be written or the disk is full.
-    """
-    import torch
-
-    with atomic_path(path) as temporary:
-        try:
-            torch.save(checkpoint, temporary)
-        except RuntimeError as error:
-            # torch's zip writer reports a full disk as a RuntimeError of its own
-            raise OSError(28, f"writing failed ({error})") from error
-
-
-def read(path: str | Path, map_location: torch.device | str | None = "cpu") -> dict[str, Any]:
-    """Read a checkpoint file.
-
-    Raises:
-        ToolmemError: when it is missing, truncated, corrupt, or no checkpoint.
-    """
-    import torch
-
-    path = Path(path)
-    if not path.is_file():
-        raise ToolmemError(f"no checkpoint at {path}: {_present(path)}")
-    try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-    except Exception as error:  # torch raises half a dozen kinds here, all of them: cannot be read
-        raise ToolmemError(
-            f"{path} cannot be read as a checkpoint ({_first_line(error)}): it is truncated, corrupt "
-            "or something else; use an earlier checkpoint of the run, or train again"
-        ) from error
-    if not isinstance(checkpoint, dict):
-        raise ToolmemError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")
-    return checkpoint
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
-
-
-def _present(path: Path) -> str:
-    folder = path if path.is_dir() else path.parent
-    found = sorted(p.name for p in folder.glob("*.ckpt")) if folder.is_dir() else []
-    if found:
-        return f"{folder} holds {', '.join(found[:8])}"
-    if folder.is_dir():
-        return f"{folder} holds no *.ckpt file"
-    return f"the folder {folder} does not exist"
-
-
-def resolve(path: str | Path) -> Path:
-    """The checkpoint file meant by ``path``: a file, a ``checkpoints`` folder, or a run's folder.
-
-    Of a folder, ``last.ckpt`` is taken.
-
-    Raises:
-        ToolmemError: when there is none.
-    """
-    path = Path(path)
-    for candidate in (path, path / "last.ckpt", path / "checkpoints" / "last.ckpt"):
-        if candidate.is_file():
-            return candidate
-    if not path.exists():
-        raise ToolmemError(f"no such checkpoint or run folder: {path}")
-    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    raise ToolmemError(
-        f"no checkpoint in {path}: {_present(folder)}; name a run's folder or a .ckpt"
-    )
-
-
-def kept(path: str | Path) -> list[Path]:
-    """Every checkpoint of a run in the order of training: what it kept by step, then the last.
-
-    The last may be of the same step as the one before it. Of a checkpoint file, that file alone.
-
-    Args:
-        path: a run's folder, or a checkpoint file.
-
-    Raises:
-        ToolmemError: when there is none.
-    """
-    path = Path(path)
-    if path.is_file():
-        return [path]
-    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    numbered = {file.stem.removeprefix("step_"): file for file in folder.glob("step_*.ckpt")}
-    by_step = [numbered[n] for n in sorted((n for n in numbered if n.isdigit()), key=int)]
-    last = folder / "last.ckpt"
-    found = by_step + ([last] if last.is_file() else [])
-    return found or [resolve(path)]
-
-
-def run_folder(path: str | Path) -> Path:
-    """The run's folder that a checkpoint file belongs to."""
-    file = resolve(path)
-    return file.parent.parent if file.parent.name == "checkpoints" else file.parent
 
 
 @dataclass(frozen=True)
@@ -186,7 +75,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> LoadedCheckpoi
     from toolmem.data.tokenizers import tokenizer_from_spec
 
     path = resolve(path)
-    checkpoint = read(path)
+    checkpoint = read(path, parts=("state_dict", "global_step", KEY))
     about = about_of(checkpoint, path)
     model = build_model(about["model"], path)
     try:
@@ -238,10 +127,7 @@ def about_of(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
             f"{path} is a checkpoint, but not one that toolmem wrote (no key {KEY!r})"
         )
     if about.get("format") != FORMAT:
-        raise ToolmemError(
-            f"{path} has checkpoint format {about.get('format')}, written by toolmem "
-            f"{about.get('version')}; this version ({toolmem.__version__}) reads format {FORMAT}"
-        )
+        raise ToolmemError(unknown_format(path, about.get("format"), about.get("version")))
     if "population" in about:
         n = len(about["population"]["members"])
         raise ToolmemError(
@@ -264,8 +150,14 @@ def build_model(spec: Mapping[str, Any], where: str | Path) -> LanguageModel:
     """
     from toolmem.models import LanguageModel
 
-    cls = import_class(str(spec["class_path"]), f"{where}: the model class", LanguageModel)
+    if not isinstance(spec, Mapping) or not isinstance(spec.get("init_args"), Mapping):
+        raise ToolmemError(
+            f"{where} does not say what its model is: the file was edited; use another"
+        )
+    cls = import_class(str(spec.get("class_path")), f"{where}: the model class", LanguageModel)
     try:
         return cls(**spec["init_args"])
-    except TypeError as error:
-        raise ToolmemError(f"{where}: {spec['class_path']}: {error}") from error
+    except ToolmemError:
+        raise
+    except Exception as error:  # of whatever kind the constructor stumbles by
+        raise ToolmemError(f"{where}: {spec['class_path']}: {first_line(error)}") from error
