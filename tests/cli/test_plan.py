@@ -24,7 +24,7 @@ def test_what_fits_on_eight_devices(toolmem, tmp_path):
     }
     plain, again = rows["DDP 8", "none"], rows["DDP 8", "blocks"]
     assert plain["parameters"] == 4 * 134_515_008
-    assert plain["fits"] and plain["most_rows"] >= 8
+    assert plain["fits"] and plain["most_rows"] >= 64  # eight rows each
     assert again["activations"] < plain["activations"] / 5
     assert rows["FSDP2 8", "none"]["optimizer"] * 8 == plain["optimizer"]
     assert "n_heads, 9" in found["refused"]["2"]
@@ -43,7 +43,7 @@ def test_rows_of_facts_are_measured(toolmem, tmp_path):
     out = tmp_path / "plan.json"
     called = toolmem("plan", "--config", RECIPES / "facts_in_tool.yaml", "--json", out)
     assert called.code == 0, called.err
-    assert "a device has 32 rows of" in called.out and "1 device" in called.out
+    assert "32 rows of" in called.out and "1 device" in called.out
     (row, *_) = json.loads(out.read_text())["layouts"]
     assert row["sent"] == 0 and row["fits"]
 

@@ -96,16 +96,27 @@ def test_communication_is_that_of_rings():
     assert sent == (2 * (2 * 8 + 2) * stream + 2 * logits) / 2
 
 
-def test_the_most_rows_fit_and_one_more_does_not():
+def test_the_most_rows_fit_and_more_do_not():
     made = model()
     for layout in (Layout(), Layout(8), Layout(4, 2, sharded=True), Layout(checkpointing="blocks")):
         memory = 4e6
         rows = plan(made).most_rows(layout, memory)
-        assert rows > 0
-        for more, fits in ((0, True), (1, False)):
+        assert rows > 0 and rows % layout.data == 0
+        for more, fits in ((0, True), (layout.data, False)):
             step = plan(made, rows=rows + more, loss_tokens=32 * (rows + more))
             assert (step.memory(layout).total <= memory) == fits
     assert plan(made).most_rows(Layout(), 1000) == 0
+
+
+def test_rows_are_over_all_devices():
+    made = model()
+    whole = plan(made, rows=8, loss_tokens=256).memory(Layout(1))
+    split = plan(made, rows=8, loss_tokens=256).memory(Layout(4))
+    assert split.activations == whole.activations / 4 and split.logits == whole.logits / 4
+    uneven = plan(made, rows=9, loss_tokens=288).memory(Layout(4))
+    assert uneven.logits == 3 * 32 * 64 * 4 * 3  # one device has three of the nine
+    sharing = plan(made, rows=8, loss_tokens=256).memory(Layout(1, 4))
+    assert sharing.logits == whole.logits
 
 
 def test_layouts_are_those_that_the_model_can_have():

@@ -48,7 +48,7 @@ def plan(
         config: the recipe.
         devices: how many there are.
         memory: of each device, as 32GB or 80GiB.
-        rows: of a micro-batch on one device; the data's batch_size when None.
+        rows: of a micro-batch, over all devices; the data's batch_size when None.
         seq_len: tokens in a row; the data's when None.
         precision: 32-true, 16-mixed or bf16-mixed; the recipe's trainer.precision when None.
         json: a file to write the figures to.
@@ -135,7 +135,7 @@ def step_of(
     seq_len: int | None,
     precision: str | None,
 ) -> Step:
-    """What one device does in a step of a recipe.
+    """What is done in a step of a recipe.
 
     Raises:
         ToolmemError: for sizes that cannot be.
@@ -265,13 +265,14 @@ def show(
     )
     head = [
         f"{config}: {count(made.model):,} parameters, {type(made.built).__name__}, {precision}",
-        f"a device has {step.rows} rows of {step.seq:,} tokens at once, {step.loss_tokens:,} of them with "
-        f"loss, {step.micro_batches} times a step",
+        f"{step.rows} rows of {step.seq:,} tokens at once over all devices, {step.loss_tokens:,} of the "
+        f"tokens with loss, {step.micro_batches} times a step",
     ]
     tail = [
         f"{unit} of one device. lasting: parameters, gradients, optimizer, what FSDP2 gathers; kept: "
         "activations; passing: logits, or what one operation or block works on; sent: in a step. rows: the "
-        f"most that fit at once into {memory}, of which {RESERVE:.0%} is left to torch and the allocator",
+        f"most at once over all devices that fit into {memory} each, of which {RESERVE:.0%} is left to torch "
+        "and the allocator",
         f"generation: {amount(cache_bytes(made.model, 1, made.model.max_seq_len))} of float32 cache a lane "
         f"of {made.model.max_seq_len:,} tokens",
         *([not_there(refused)] if refused else []),

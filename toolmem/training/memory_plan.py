@@ -18,6 +18,7 @@ the allocator cannot use.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -72,12 +73,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class Step:
-    """What one device does in a step.
+    """What is done in a step.
 
     Args:
-        rows: of a micro-batch.
+        rows: of a micro-batch, over all devices.
         seq: tokens in a row.
-        loss_tokens: tokens of a micro-batch that bear loss.
+        loss_tokens: tokens of a micro-batch that bear loss, over all devices.
         micro_batches: gathered before the optimizer steps.
         dtype: of autocast (``16-mixed``, ``bf16-mixed``); None for float32.
         param_dtype: what FSDP2 gathers parameters in; float32 when None.
@@ -144,7 +145,7 @@ class MemoryPlan:
     Args:
         model: in training mode; only its shapes are looked at, so it may have been made on fake tensors.
         optimizer: what trains it.
-        step: what one device does.
+        step: what is done in a step.
     """
 
     def __init__(self, model: LanguageModel, optimizer: OptimizerConfig, step: Step) -> None:
@@ -154,8 +155,12 @@ class MemoryPlan:
         self._activations: dict[str, BodyActivations] = {}
         self._held: dict[int, list[_Held]] = {}
 
+    def share(self, layout: Layout) -> float:
+        """The part of a micro-batch's rows that one device has, at least one row."""
+        return math.ceil(self.step.rows / layout.data) / self.step.rows
+
     def activations(self, mode: str) -> BodyActivations:
-        """What the body keeps of a micro-batch, checkpointed as ``mode`` says."""
+        """What the body keeps of a micro-batch on one device, checkpointed as ``mode`` says."""
         if mode not in self._activations:
             step = self.step
             model = self.model
@@ -229,7 +234,7 @@ class MemoryPlan:
             # two blocks, of which one is on its way; and gradients of one before they are spread
             gathered = narrow * (outside + 2 * max(blocks, default=0.0))
             gathered += FLOAT * max(outside, max(blocks, default=0.0))
-        body = self.activations(layout.checkpointing)
+        body, share = self.activations(layout.checkpointing), self.share(layout)
         stream = body.stream / (tensor if layout.sequence_parallel else 1)
         kept = stream + body.branches / tensor
         passing: float = PASSING * body.largest
@@ -242,9 +247,9 @@ class MemoryPlan:
             gathered=gathered,
             gradients=FLOAT * copies * numbers / spread,
             optimizer=FLOAT * states / spread,
-            activations=kept,
-            logits=logits,
-            passing=passing,
+            activations=share * kept,
+            logits=share * logits,
+            passing=share * passing,
             stepping=self._stepping(held, spread, tensor),
         )
 
@@ -284,22 +289,28 @@ class MemoryPlan:
             sent += step.micro_batches * each * (data - 1) / data
         if tensor > 1:
             wide = FLOAT if step.dtype is None else step.dtype.itemsize
-            stream = wide * step.rows * step.seq * self.model.dim
+            stream = self.share(layout) * wide * step.rows * step.seq * self.model.dim
             branches = len(plans(self.model, Sharing(0, tensor)))
             # what each branch adds is summed over devices, and so is the gradient of what it is given;
             # the same of embedded tokens and of what the head is given, and logits are put together
             sums = 2 * branches + 2
-            logits = wide * step.loss_tokens * self.model.vocab_size
+            logits = self.share(layout) * wide * step.loss_tokens * self.model.vocab_size
             each = 2 * sums * stream + 2 * logits
             sent += step.micro_batches * each * (tensor - 1) / tensor
         return sent
 
     def most_rows(self, layout: Layout, memory: float) -> int:
-        """The most rows of a micro-batch that a device of ``memory`` bytes holds; 0 for none."""
+        """The most rows of a micro-batch, over all devices, that devices of ``memory`` bytes hold; 0 for
+        none.
+        """
         found = self.memory(layout)
         fixed = found.lasting + found.gathered
-        by_row = (found.activations + max(found.logits, found.passing)) / self.step.rows
-        return max(0, int((memory - max(fixed, found.lasting + found.stepping)) / by_row))
+        if found.lasting + found.stepping > memory:
+            return 0
+        by_row = (found.activations + max(found.logits, found.passing)) / (
+            self.share(layout) * self.step.rows
+        )
+        return layout.data * max(0, int((memory - fixed) / by_row))
 
 
 def layouts(model: LanguageModel, devices: int) -> tuple[list[Layout], dict[int, str]]:
