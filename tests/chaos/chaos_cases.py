@@ -15,7 +15,7 @@ def base(steps: int) -> dict[str, Any]:
             "model": {
                 "class_path": "toolmem.models.Transformer",
                 "init_args": {
-                    "dim": 16, "n_layers": 1, "n_heads": 2, "max_seq_len": 256, "dropout": 0.0,
+                    "dim": 16, "n_layers": 1, "n_heads": 2, "max_seq_len": 256, "dropout": 0.1,
                 },
             },
             "optimizer": {"class_path": "toolmem.training.Muon", "init_args": {"lr": 1e-2}},

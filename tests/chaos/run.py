@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -54,15 +55,63 @@ def wait_for(what: Callable[[], Any], process: subprocess.Popen, seconds: float 
     return True
 
 
+class Forked:
+    """A process forked off this one, which has imported everything, as ``subprocess.Popen`` has it."""
+
+    def __init__(self, words: list[str], log: Path) -> None:
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.setsid()
+            output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+            for descriptor, file in (
+                (0, os.open(os.devnull, os.O_RDONLY)),
+                (1, output),
+                (2, output),
+            ):
+                os.dup2(file, descriptor)
+            code = 70
+            try:
+                from toolmem.cli import main
+
+                # what Lightning starts other ranks by
+                sys.argv = [str(Path(sys.executable).parent / "toolmem"), *words]
+                code = main(words)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self, timeout: float = 60.0) -> int:
+        until = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > until:
+                raise SystemExit(f"process {self.pid} does not end")
+            time.sleep(0.01)
+        assert self.returncode is not None
+        return self.returncode
+
+
 class Run:
     """The command that trains, goes on, or has nothing left to do.
 
     Args:
         folder: of the recipe and of all runs.
         name: of the run.
+        warm: fork processes instead of starting them.
     """
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, warm: bool = False) -> None:
+        self.warm = warm
         self.path = folder / "runs" / name
         self.log = folder / f"{name}.log"
         self.command = [
@@ -74,6 +123,8 @@ class Run:
     def start(self) -> subprocess.Popen:
         """In a session of its own, so that whatever it leaves is found."""
         self._config = self._mark()
+        if self.warm:
+            return Forked(self.command[3:], self.log)  # type: ignore[return-value]
         with open(self.log, "ab") as stream:
             return subprocess.Popen(
                 self.command, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT,
@@ -248,12 +299,14 @@ def same_file(first: Path, second: Path) -> bool:
     return first.is_file() and second.is_file() and first.read_bytes() == second.read_bytes()
 
 
-def chaos(case: str, kills: int, seed: int, steps: int, folder: Path) -> dict[str, Any]:
+def chaos(
+    case: str, kills: int, seed: int, steps: int, folder: Path, warm: bool = False
+) -> dict[str, Any]:
     """Train in peace, train with kills, compare."""
     folder.mkdir(parents=True, exist_ok=True)
     config = CASES[case](folder, steps)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    whole, killed = Run(folder, "whole"), Run(folder, "killed")
+    whole, killed = Run(folder, "whole", warm), Run(folder, "killed", warm)
     began = time.monotonic()
     seconds = whole.finish()
     startup_s = time.monotonic() - began - seconds
@@ -299,11 +352,19 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=None, help="of the run (default: 200 a kill)")
     parser.add_argument("--folder", type=Path, default=None, help="kept (default: one that is not)")
     parser.add_argument("--json", type=Path, default=None, help="the file to write")
+    parser.add_argument(
+        "--warm", action="store_true",
+        help="fork each first process off this one, which has imported everything",
+    )  # fmt: skip
     options = parser.parse_args()
+    if options.warm:
+        import toolmem.cli.fit
+        import toolmem.data.modules
+        import toolmem.models  # noqa: F401
     steps = options.steps or 200 * max(options.kills, 1)
     with tempfile.TemporaryDirectory(prefix="chaos-") as temporary:
         folder = options.folder or Path(temporary)
-        result = chaos(options.case, options.kills, options.seed, steps, folder)
+        result = chaos(options.case, options.kills, options.seed, steps, folder, options.warm)
     text = json.dumps(result, indent=2) + "\n"
     print(text, end="")
     if options.json is not None:

@@ -201,13 +201,13 @@ class Ddp:
             start_new_session=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
         )  # fmt: skip
         self.processes.append(process)
-        until = time.monotonic() + 200
+        until = time.monotonic() + 280
         while trains and not (metrics.exists() and metrics.stat().st_mtime_ns != before):
             assert process.poll() is None and time.monotonic() < until, process.communicate()[0]
             time.sleep(0.05)
         return process
 
-    def end(self, process, seconds=60):
+    def end(self, process, seconds=150):
         """Exit code and output, once every process of the session is gone."""
         output = process.communicate(timeout=seconds)[0]
         assert self.others(process) == []
@@ -241,6 +241,7 @@ linux = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks i
 
 @linux
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_all_ranks_end_at_the_same_step(ddp):
     """Whichever of them gets the signal; a second start goes on, and Ctrl-C of a terminal meets all."""
     process = ddp.start("run")
@@ -261,6 +262,7 @@ def test_all_ranks_end_at_the_same_step(ddp):
 
 @linux
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_second_ctrl_c_ends_at_once(ddp):
     process = ddp.start("twice")
     os.kill(ddp.rank_1(process), signal.SIGSTOP)  # so that the first waits, and cannot end its step
@@ -277,6 +279,7 @@ def test_a_second_ctrl_c_ends_at_once(ddp):
 
 @linux
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_rank_that_is_killed_ends_all(ddp):
     process = ddp.start("killed")
     os.kill(ddp.rank_1(process), signal.SIGKILL)
@@ -288,6 +291,7 @@ def test_a_rank_that_is_killed_ends_all(ddp):
 
 @linux
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_fails_ends_all_with_its_own_error(rank, ddp):
     callbacks = f"[{{class_path: my_failure.FailsIn, init_args: {{rank: {rank}}}}}]"

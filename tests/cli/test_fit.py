@@ -43,7 +43,8 @@ def test_what_a_run_leaves(setting, runs):
     run = runs / setting
     names = {path.name for path in run.iterdir()}
     assert names == {
-        "config.yaml", "metrics.csv", "checkpoints", "samples", "environment.json", "facts.duckdb"
+        "config.yaml", "metrics.csv", "checkpoints", "samples", "evaluations", "environment.json",
+        "facts.duckdb",
     }  # fmt: skip
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
 

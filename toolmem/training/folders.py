@@ -6,6 +6,7 @@ runs/NAME/
   metrics.csv        every metric by step
   checkpoints/       last.ckpt, best.ckpt; each rebuilds its model alone
   samples/           dialogues that the model had while it was trained
+  evaluations/       each question's outcome, a file a round
   facts.duckdb       the facts it was trained on, for the tool
 """
 

@@ -21,6 +21,8 @@ from toolmem.training.callbacks.checkpointing import Checkpointing
 # what Slurm sends before it kills, and what it is told to send some time before that
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 TIME_IS_UP = 1000  # in the place of a signal's number
+ASK_EVERY_S = 0.1  # ranks each other: more often would take tiny models a noticeable part of a step
+MOST_STEPS = 100
 
 
 class Preempted(BaseException):
@@ -114,9 +116,9 @@ class Preemption(pl.Callback):
     """In training, a signal to end writes ``last.ckpt`` after the optimizer step, then raises ``Preempted``.
 
     A run that goes on from it is the run that was never asked. Of several processes it is enough that
-    one gets the signal: after each step they ask each other, while the next one is computed, so all end
-    after the same step, one or two later. A validation or a round of questions that has begun is
-    brought to its end first.
+    one gets the signal: ten times a second, or after each step where it takes longer, they ask each
+    other, and hear the answer the next time, so all end after the same step. A validation or a round
+    of questions that has begun is brought to its end first.
 
     Args:
         ctrl_c: take Ctrl-C (SIGINT) for such a signal, too; a second one ends the process at once.
@@ -135,7 +137,9 @@ class Preemption(pl.Callback):
         self.agreed: int | None = None  # by all
         self._before: dict[int, Any] = {}
         self._group: Any = None
-        self._asking: tuple[Any, torch.Tensor] | None = None  # the others, since the last step
+        self._asking: tuple[Any, torch.Tensor] | None = None  # the others, since some steps ago
+        self._asked_at = 0.0
+        self._waited = self._until_asked = 1  # steps
         self._listener: _Listener | None = None
         self._step = 0
         self._speaks = True
@@ -150,6 +154,7 @@ class Preemption(pl.Callback):
         if trainer.world_size > 1:
             # of its own, and on the host: nothing waits for a device, or gets among what the model sends
             self._group = dist.new_group(backend="gloo")
+        self._asked_at, self._waited, self._until_asked = time.monotonic(), 1, 1
         self._began = time.monotonic()
         if self._time_is_up():  # from the start: there is no step to save after
             trainer.should_stop = True
@@ -206,23 +211,32 @@ class Preemption(pl.Callback):
             self.received = TIME_IS_UP
             if self._group is None:
                 self._agree(TIME_IS_UP)
-        if self._group is None:
+        self._until_asked -= 1
+        if self._group is None or self._until_asked > 0:
             return
-        if (found := self._hear()) is not None:
+        found, wait = self._hear()
+        if found:
             self._agree(found)
             return
-        signum = torch.tensor([self.received or 0], dtype=torch.int32)
-        work = dist.all_reduce(signum, dist.ReduceOp.MAX, group=self._group, async_op=True)
-        self._asking = (work, signum)
+        now = time.monotonic()
+        seconds = (now - self._asked_at) / self._waited  # a step
+        wish = max(1, min(MOST_STEPS, int(ASK_EVERY_S / max(seconds, 1e-9))))
+        say = torch.tensor([self.received or 0, -wish], dtype=torch.int32)
+        work = dist.all_reduce(say, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._asking = (work, say)
+        self._asked_at, self._waited, self._until_asked = now, wait, wait
 
-    def _hear(self) -> int | None:
-        """What the highest signal is that any process had when it was asked."""
+    def _hear(self) -> tuple[int, int]:
+        """The highest signal that any process had when it was asked, and the fewest steps that any wants
+        to wait until the next time.
+        """
         if self._asking is None:
-            return None
-        work, signum = self._asking
+            return 0, 1
+        work, say = self._asking
         self._asking = None
         work.wait()
-        return int(signum.item()) or None
+        signum, wish = say.tolist()
+        return signum, -wish
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
