@@ -15,13 +15,16 @@ COMMA := ,
 # Every script that can be run, but for those that architectures.py runs itself.
 BENCHMARKS = $(filter-out benchmarks/measure_%,$(shell grep -l '^if __name__ == "__main__":' benchmarks/*.py))
 
-.PHONY: help demo test test-quick test-slow check docs bench clean
+.PHONY: help demo test test-quick test-slow check docs bench fuzz audit sbom clean
 
 help:
 	@echo "make demo        set up .venv, then train the three models of the demo (about 6 minutes on two cores)"
 	@echo "make test        set up .venv, then lint, types, contracts and the whole suite"
 	@echo "make test-quick  the same without the tests marked slow"
 	@echo "make docs        build the documentation into site/"
+	@echo "make fuzz        mutated input for every reader, ten minutes"
+	@echo "make audit       look the dependencies up among known vulnerabilities (needs the network)"
+	@echo "make sbom        write sbom.json, a CycloneDX bill of what is installed"
 	@echo "make bench       run every benchmark, between one and two hours on an idle machine"
 
 # An environment per set of extras: the stamp is newer than what it was made from, or it is made again.
@@ -77,6 +80,17 @@ docs: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	for script in $(BENCHMARKS); do echo "$$script"; "$(BIN)/python" "$$script"; done
+
+fuzz: $(VENV)/.dev
+	"$(BIN)/python" tests/fuzz/fuzzing.py --seconds 600
+
+# Each pinned version looked up in the PyPA's database of vulnerabilities; this needs the network.
+audit: $(VENV)/.base
+	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check "pip-audit>=2.7"
+	"$(BIN)/pip-audit" --requirement constraints.txt --no-deps --disable-pip --progress-spinner off
+
+sbom: $(VENV)/.base
+	"$(BIN)/python" .ci/sbom.py --output sbom.json
 
 clean:
 	rm -rf "$(VENV)" site .pytest_cache .mypy_cache .ruff_cache

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from toolmem.errors import ToolmemError
 
+MAX_CHARS = 4 << 20
+MAX_VALUES = 200_000
+MAX_DEPTH = 64
 OF_A_CLASS = ("class_path", "init_args", "dict_kwargs")
 
 
@@ -44,16 +48,64 @@ def parse_yaml(text: str, source: str) -> Any:
     Raises:
         ToolmemError: when it is not YAML, naming the line.
     """
-    from jsonargparse import get_loader
     from yaml import YAMLError
 
     try:
-        return get_loader("yaml")(text)
+        return load_yaml(text)
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark is not None else ""
         problem = getattr(error, "problem", None) or error
         raise ToolmemError(f"{source}: this is not YAML ({where}{problem})") from error
+
+
+@cache
+def _plain_loader() -> Callable[[str], Any]:
+    from jsonargparse import get_loader
+
+    loader: Callable[[str], Any] = get_loader("yaml")
+    return loader
+
+
+def load_yaml(text: str) -> Any:
+    """YAML as jsonargparse reads it, of bounded size once its aliases are written out.
+
+    Raises:
+        yaml.YAMLError: when it is not YAML, or too large.
+    """
+    from yaml import YAMLError
+
+    if len(text) > MAX_CHARS:
+        raise YAMLError(f"{len(text):,} characters, at most {MAX_CHARS:,}")
+    try:
+        found = _plain_loader()(text)
+    except YAMLError:
+        raise
+    except Exception as error:  # its constructors stumble by every kind of error
+        raise YAMLError(f"{type(error).__name__}: {error}") from error
+    left = MAX_VALUES
+    waiting = [(found, 0)]
+    while waiting:
+        value, depth = waiting.pop()
+        left -= 1
+        if left < 0 or depth > MAX_DEPTH:
+            raise YAMLError(
+                f"more than {MAX_VALUES:,} values or {MAX_DEPTH} levels, aliases written out"
+            )
+        if isinstance(value, Mapping):
+            waiting += [(inner, depth + 1) for inner in value.values()]
+        elif isinstance(value, (list, tuple, set)):
+            waiting += [(inner, depth + 1) for inner in value]
+    return found
+
+
+def use_bounded_yaml() -> None:
+    """Have jsonargparse read YAML by `load_yaml` in this process."""
+    from jsonargparse import set_loader
+    from yaml import YAMLError
+
+    _plain_loader()  # the one that is there
+    set_loader("yaml", load_yaml, exceptions=(YAMLError,))
 
 
 def set_key(recipe: dict[str, Any], key: str, value: Any) -> None:

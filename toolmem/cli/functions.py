@@ -70,12 +70,15 @@ def call(
 
 
 def limit_imports() -> None:
-    """Have jsonargparse import what values name only from packages that `toolmem.class_path` trusts.
+    """Have jsonargparse import only what `toolmem.class_path` trusts, and read YAML of bounded size.
 
     Its settings are the process's: what was allowed before, and is not any more, is refused again.
     """
     from jsonargparse import set_parsing_settings
 
+    from toolmem.recipe_files import use_bounded_yaml
+
+    use_bounded_yaml()
     allowed = {*TRUSTED, *allowed_packages()}
     set_parsing_settings(
         import_path_denylist=["*", *sorted(_allowed_before - allowed)],

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolmem.cli.functions import limit_imports, plain
 from toolmem.errors import ToolmemError
+from toolmem.recipe_files import parse_yaml
 
 if TYPE_CHECKING:
     from toolmem.models import LanguageModel
@@ -75,7 +76,7 @@ def read_recipe(path: str, changes: Mapping[str, str], more: Sequence[str] = ())
     for other in more:
         _merge(recipe, _read(other))
     for key, value in changes.items():
-        _change(recipe, key, _load(value, f"--{key}"))
+        _change(recipe, key, parse_yaml(value, f"--{key}"))
     return recipe
 
 
@@ -97,27 +98,10 @@ def _read(path: str) -> dict[str, Any]:
         raise ToolmemError(f"--config {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ToolmemError(f"--config {path}: this is not a text file") from error
-    recipe = _load(text, f"--config {path}")
+    recipe = parse_yaml(text, f"--config {path}")
     if not isinstance(recipe, dict):
         raise ToolmemError(f"--config {path}: a recipe is a mapping of keys (model, data, ...)")
     return recipe
-
-
-def _load(text: str, source: str) -> Any:
-    """YAML as jsonargparse reads it (1e-3 is a number)."""
-    from jsonargparse import get_loader
-    from yaml import YAMLError
-
-    try:
-        return get_loader("yaml")(text)
-    except YAMLError as error:
-        raise ToolmemError(f"{source}: this is not YAML ({_first_line(error)})") from error
-
-
-def _first_line(error: Exception) -> str:
-    mark = getattr(error, "problem_mark", None)
-    where = f"line {mark.line + 1}: " if mark is not None else ""
-    return f"{where}{getattr(error, 'problem', None) or error}"
 
 
 def _change(recipe: dict[str, Any], key: str, value: Any) -> None:
@@ -138,7 +122,10 @@ def _change(recipe: dict[str, Any], key: str, value: Any) -> None:
 
 def init_args_of(section: Any) -> dict[str, Any]:
     """The options that a section of a recipe gives; none where it gives none."""
-    return (section.get("init_args") or {}) if isinstance(section, Mapping) else {}
+    found = (section.get("init_args") or {}) if isinstance(section, Mapping) else {}
+    if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
+        raise ToolmemError(f"init_args is {found!r:.80}: write options, key: value")
+    return dict(found)
 
 
 def _share_tokens(members: Any) -> bool:
@@ -165,14 +152,16 @@ def vocab_size_of(data: Any, config: str) -> int:
     """
     if not isinstance(data, Mapping) or "class_path" not in data:
         raise ToolmemError(f"{config}: data.class_path is missing: it decides the vocabulary")
-    path, options = data["class_path"], init_args_of(data)
+    path, options = str(data["class_path"]), init_args_of(data)
     size = options.get("vocab_size") or options.get("train_tokenizer")
     if size is not None:
-        return int(size)
+        if not isinstance(size, int):
+            raise ToolmemError(f"{config}: data: {size!r:.80} is no size of a vocabulary")
+        return size
     if path in TOKENIZED:
         from toolmem.data.tokenizers import make_tokenizer
 
-        return make_tokenizer(options.get("tokenizer") or TOKENIZED[path]).vocab_size
+        return make_tokenizer(str(options.get("tokenizer") or TOKENIZED[path])).vocab_size
     if path == POPULATION and _share_tokens(options.get("members")):
         return vocab_size_of(options.get("data"), config)
     return int(make_data(data).vocab_size)  # by its own word; this may take seconds
@@ -276,8 +265,15 @@ def build(recipe: Mapping[str, Any], config: str) -> LanguageModel:
     kind = import_class(model.class_path, "model.model.class_path", LanguageModel)
     arguments = model.init_args.as_dict()
 
-    with without_numbers():
-        return kind(**arguments)
+    try:
+        with without_numbers():
+            return kind(**arguments)
+    except ToolmemError:
+        raise
+    except Exception as error:  # of whatever kind the constructor stumbles by
+        raise ToolmemError(
+            f"{config}: model.model: {model.class_path} cannot be made ({type(error).__name__}: {error})"
+        ) from error
 
 
 @contextmanager

@@ -33,6 +33,8 @@ FILTERS = TAKING | _words("upper lower title capitalize trim int abs round defau
 TESTS = _words(
     "defined undefined none string number even odd eq equalto ne lt le gt ge in true false"
 )
+# Names that Jinja knows of by itself.
+OF_JINJA = _words("self super caller varargs kwargs range dict lipsum cycler joiner namespace")
 WORDS = {
     "Mul": "*", "Pow": "**", "Mod": "%", "Assign": "set", "AssignBlock": "set", "Dict": "a mapping",
     "CallBlock": "call", "FilterBlock": "a filter block", "FromImport": "import",
@@ -57,6 +59,10 @@ def _refused(node: nodes.Node, parent: nodes.Node, loops: int) -> Iterator[tuple
         yield node.lineno, WORDS.get(kind, kind.lower())
     elif isinstance(node, nodes.For) and (loops or node.recursive):
         yield node.lineno, "a loop within a loop"
+    elif isinstance(node, nodes.Name):
+        called = isinstance(parent, nodes.Call) and parent.node is node
+        if node.name in OF_JINJA or (node.name in HELPERS and not called):
+            yield node.lineno, f"the name {node.name}"
     elif isinstance(node, (nodes.Tuple, nodes.List)):
         if not isinstance(parent, nodes.Operand):
             yield node.lineno, "a list, but after `in`"

@@ -76,6 +76,7 @@ MORE_COLUMNS = {
     "processor": "VARCHAR",
 }
 HALVED = "halving"  # the run was left, or waits, at a rung
+MAX_SEEDS = 100_000
 
 
 @dataclass(frozen=True)
@@ -236,6 +237,8 @@ def _base(written: Any, folder: Path) -> dict[str, Any]:
 
 def _seeds(written: Any) -> tuple[int, ...]:
     if isinstance(written, int) and not isinstance(written, bool) and written >= 1:
+        if written > MAX_SEEDS:
+            raise ToolmemError(f"seeds is {written}: at most {MAX_SEEDS:,}")
         return tuple(range(written))
     if isinstance(written, list) and written and all(type(seed) is int for seed in written):
         if len(set(written)) < len(written):
@@ -245,12 +248,12 @@ def _seeds(written: Any) -> tuple[int, ...]:
 
 
 def _metrics(written: Any) -> dict[str, str]:
-    if isinstance(written, list):
+    if isinstance(written, list) and all(isinstance(name, str) for name in written):
         written = dict.fromkeys(written, "last")
     if not isinstance(written, Mapping) or not written:
         raise ToolmemError(f"metrics is {written!r}: list names of logged metrics (val/loss)")
     for name, kept in written.items():
-        if kept not in REDUCTIONS:
+        if not isinstance(kept, str) or kept not in REDUCTIONS:
             raise ToolmemError(f"metrics.{name} is {kept!r}: choose from {', '.join(REDUCTIONS)}")
     return {str(name): str(kept) for name, kept in written.items()}
 
