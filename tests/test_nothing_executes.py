@@ -43,7 +43,10 @@ IMPORTERS = {
 # Jinja outside the sandbox: the template is the package's own, and what is filled in is escaped.
 OWN_TEMPLATES = {"analysis/report.py", "analysis/circuits/page.py"}
 # Objects go between the processes of one run alone; torch pickles them.
-BETWEEN_RANKS = {"data/modules/text.py": "where each rank's stream stands, plain data"}
+BETWEEN_RANKS = {
+    "data/modules/text.py": "where each rank's stream stands, plain data",
+    "training/random_state.py": "each rank's random numbers",
+}
 
 
 def name_of(node: ast.AST) -> str:

@@ -60,8 +60,8 @@ def _refused(node: nodes.Node, parent: nodes.Node, loops: int) -> Iterator[tuple
     elif isinstance(node, nodes.For) and (loops or node.recursive):
         yield node.lineno, "a loop within a loop"
     elif isinstance(node, nodes.Name):
-        called = isinstance(parent, nodes.Call) and parent.node is node
-        if node.name in OF_JINJA or (node.name in HELPERS and not called):
+        is_called = isinstance(parent, nodes.Call) and parent.node is node
+        if node.name in OF_JINJA or (node.name in HELPERS and not is_called):
             yield node.lineno, f"the name {node.name}"
     elif isinstance(node, (nodes.Tuple, nodes.List)):
         if not isinstance(parent, nodes.Operand):
