@@ -26,6 +26,7 @@ __getattr__, __dir__, __all__ = attach(
         "EMA": "toolmem.training.callbacks",
         "Flops": "toolmem.training.callbacks",
         "KnowledgeProbe": "toolmem.training.callbacks",
+        "MemoryUse": "toolmem.training.callbacks",
         "NormProbe": "toolmem.training.callbacks",
         "Progress": "toolmem.training.callbacks",
         "RecallProbe": "toolmem.training.callbacks",

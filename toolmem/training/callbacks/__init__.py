@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = attach(
         "Checkpointing": "toolmem.training.callbacks.checkpointing",
         "Flops": "toolmem.training.callbacks.flops",
         "KnowledgeProbe": "toolmem.training.callbacks.knowledge",
+        "MemoryUse": "toolmem.training.callbacks.memory",
         "NormProbe": "toolmem.training.callbacks.norms",
         "Preempted": "toolmem.training.callbacks.preemption",
         "Preemption": "toolmem.training.callbacks.preemption",
