@@ -310,9 +310,8 @@ def check_tokenizer(edits: list[Any]) -> None:
 
 
 @functools.cache
-def checkpoint_bytes() -> bytes:
-    import torch
-
+def checkpoint() -> dict[str, Any]:
+    """What a small model's checkpoint holds."""
     from toolmem import checkpoints
     from toolmem.data.tokenizers import ByteTokenizer
     from toolmem.models import Transformer
@@ -320,32 +319,87 @@ def checkpoint_bytes() -> bytes:
     model = Transformer(vocab_size=260, dim=8, n_layers=1, n_heads=2, max_seq_len=32)
     about = checkpoints.describe(model, {"tokenizer": ByteTokenizer().spec(), "factbase": None})
     state = {f"model.{name}": value for name, value in model.state_dict().items()}
-    buffer = io.BytesIO()
-    torch.save({"state_dict": state, "toolmem": about, "global_step": 3}, buffer)
-    return buffer.getvalue()
+    return {"state_dict": state, "toolmem": about, "global_step": 3, "epoch": 0}
 
 
-def check_checkpoint(changes: list[Any]) -> None:
-    """A checkpoint's bytes load or are refused by name."""
+@functools.cache
+def checkpoint_bytes(form: str) -> bytes:
+    """It as a file: safetensors, torch's of old, or the first of a folder's."""
+    import torch
+
+    from toolmem import checkpoints
+    from toolmem.checkpoints.convert import convert
+
+    path = FOLDER / "whole.ckpt"
+    if form == "torch":
+        about = checkpoint()["toolmem"] | {"format": 1}
+        torch.save(checkpoint() | {"toolmem": about}, path)
+        return path.read_bytes()
+    checkpoints.write(checkpoint(), path)
+    if form == "file":
+        return path.read_bytes()
+    convert(path, FOLDER / "folder.ckpt", "folder", ranks=2)
+    return (FOLDER / "folder.ckpt" / "rank_0.safetensors").read_bytes()
+
+
+FORMS = ["file", "torch", "folder"]
+
+
+def load_bytes(form: str, content: bytes) -> None:
     from toolmem import checkpoints
 
-    path = FOLDER / "last.ckpt"
-    path.write_bytes(mutated(checkpoint_bytes(), changes))
+    if form == "folder":
+        path = FOLDER / "folder.ckpt"
+        (path / "rank_0.safetensors").write_bytes(content)
+    else:
+        path = FOLDER / "last.ckpt"
+        path.write_bytes(content)
     with only_told():
         checkpoints.load(path)
+    with only_told():
+        checkpoints.read(path)
+
+
+def check_checkpoint(example: tuple[str, list[Any]]) -> None:
+    """A checkpoint's bytes load or are refused by name."""
+    form, changes = example
+    load_bytes(form, mutated(checkpoint_bytes(form), changes))
 
 
 def check_checkpoint_words(edits: list[Any]) -> None:
     """So is what it says of its model."""
-    import torch
-
     from toolmem import checkpoints
 
-    content = torch.load(io.BytesIO(checkpoint_bytes()), weights_only=True)
-    content["toolmem"] = edited(content["toolmem"], edits)
-    torch.save(content, FOLDER / "last.ckpt")
     with only_told():
+        words = edited(checkpoint()["toolmem"], edits)
+        checkpoints.write(checkpoint() | {"toolmem": words}, FOLDER / "last.ckpt")
         checkpoints.load(FOLDER / "last.ckpt")
+
+
+def check_checkpoint_header(example: tuple[str, list[Any]]) -> None:
+    """And what a safetensors file says of its tensors and its state, with a checksum that fits."""
+    import zlib
+
+    from toolmem.checkpoints.tensor_files import CHECKSUM, NO_SUM
+
+    form, edits = example
+    content = checkpoint_bytes(form)
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    inner = [key for key, value in header["__metadata__"].items() if value.startswith(("{", "["))]
+    for key in inner:
+        header["__metadata__"][key] = json.loads(header["__metadata__"][key])
+    header = edited(header, edits)
+    words = header.get("__metadata__") if isinstance(header, dict) else None
+    if isinstance(words, dict):
+        words.update({key: json.dumps(words[key]) for key in inner if key in words})
+        if CHECKSUM in words:
+            words[CHECKSUM] = NO_SUM
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    blank = f'"{CHECKSUM}":"{NO_SUM}"'.encode()
+    text = text.replace(blank, f'"{CHECKSUM}":"{zlib.crc32(text):08x}"'.encode(), 1)
+    load_bytes(form, len(text).to_bytes(8, "little") + text + content[8 + size :])
 
 
 # -- configs
@@ -455,7 +509,11 @@ TARGETS: dict[str, Target] = {
     "parquet": (st.tuples(st.sampled_from(PARQUET), CHANGES), check_corpus),
     "table": (CHANGES, check_table),
     "tokenizer": (EDITS, check_tokenizer),
-    "checkpoint": (CHANGES, check_checkpoint),
+    "checkpoint": (st.tuples(st.sampled_from(FORMS), CHANGES), check_checkpoint),
+    "checkpoint_header": (
+        st.tuples(st.sampled_from(["file", "folder"]), EDITS),
+        check_checkpoint_header,
+    ),
     "checkpoint_words": (EDITS, check_checkpoint_words),
     "yaml": (YAML_TEXTS, check_yaml),
     "config": (EDITS, check_config),

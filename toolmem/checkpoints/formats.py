@@ -24,6 +24,13 @@ if TYPE_CHECKING:
 KEY = "toolmem"
 
 
+# What reading stumbles by where a file is damaged, or was made to look like one.
+FORGED = (
+    DamagedError, OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError,
+    MemoryError,
+)  # fmt: skip
+
+
 class UnreadableError(ToolmemError):
     """A checkpoint is truncated, corrupt, or something else."""
 
@@ -81,7 +88,7 @@ def read(
                 for key, value in stored.tree.items()
                 if parts is None or key in parts
             }
-    except (DamagedError, OSError, ValueError, KeyError) as error:
+    except FORGED as error:
         raise unreadable(path, error) from error
 
 
@@ -97,7 +104,7 @@ def read_state(path: str | Path) -> dict[str, Any]:
     try:
         with Stored(path) as stored:
             return unflatten(_without_tensors(stored.tree), _no_tensor)
-    except (DamagedError, OSError, ValueError, KeyError) as error:
+    except FORGED as error:
         raise unreadable(path, error) from error
 
 
@@ -133,7 +140,7 @@ def check(path: str | Path) -> None:
     try:
         with Stored(path) as stored:
             stored.check()
-    except (DamagedError, OSError, ValueError, KeyError) as error:
+    except FORGED as error:
         raise unreadable(path, error) from error
 
 

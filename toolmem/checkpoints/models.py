@@ -78,9 +78,12 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> LoadedCheckpoi
     checkpoint = read(path, parts=("state_dict", "global_step", KEY))
     about = about_of(checkpoint, path)
     model = build_model(about["model"], path)
+    step = checkpoint.get("global_step", 0)
+    if not isinstance(step, int):
+        raise ToolmemError(f"{path}: its step is {step!r:.40}: the file was edited; use another")
     try:
         model.load_state_dict(weights_of(checkpoint))
-    except RuntimeError as error:
+    except (RuntimeError, AttributeError, TypeError) as error:
         raise ToolmemError(f"the weights in {path} do not fit its own model: {error}") from error
     try:
         tokenizer = tokenizer_from_spec(about["data"]["tokenizer"])
@@ -101,7 +104,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> LoadedCheckpoi
         model.to(device).eval(),
         tokenizer,
         about["data"],
-        int(checkpoint.get("global_step", 0)),
+        step,
     )
 
 
@@ -128,6 +131,10 @@ def about_of(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
         )
     if about.get("format") != FORMAT:
         raise ToolmemError(unknown_format(path, about.get("format"), about.get("version")))
+    if not isinstance(about["model"], dict) or not isinstance(about["data"], dict):
+        raise ToolmemError(
+            f"{path} does not say what its model and its data are: the file was edited; use another"
+        )
     if "population" in about:
         n = len(about["population"]["members"])
         raise ToolmemError(
