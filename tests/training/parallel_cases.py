@@ -33,8 +33,10 @@ from toolmem.training import (
     WSD,
     AdamW,
     Checkpointing,
+    Flops,
     LanguageModelModule,
     Muon,
+    NormProbe,
 )
 
 VOCAB, SEQ, ROWS, STEPS, ACCUMULATE = 12, 9, 8, 50, 2
@@ -117,6 +119,7 @@ class Case:
     wide: bool = False  # float64
     keep: str = ""  # where to keep a checkpoint of each second step
     begin: str = ""  # a checkpoint to go on from
+    probes: bool = False  # norms of the last step, and FLOPs
 
     @property
     def name(self) -> str:
@@ -124,12 +127,14 @@ class Case:
             self.strategy, f"fsdp{self.data}_tp{self.tensor}" + ("_seq" if self.sequence else "")
         )
         more = ("-kept" if self.keep else "") + ("-resumed" if self.begin else "")
+        more += "-probes" if self.probes else ""
         return f"{self.model}-{self.optimizer}-{how}{more}"
 
     @property
     def alone(self) -> Case:
         """The same training in one process."""
-        return Case(self.model, optimizer=self.optimizer, steps=self.steps, wide=self.wide)
+        same = {"optimizer": self.optimizer, "steps": self.steps, "wide": self.wide}
+        return Case(self.model, probes=self.probes, **same)
 
 
 @dataclass
@@ -137,9 +142,9 @@ class Found:
     """What a run left."""
 
     losses: list[float] = field(default_factory=list)
-    validation: float = 0.0
     tokens: float = 0.0
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
 
 
 class Rows(IndexedBatches):
@@ -246,13 +251,17 @@ def train(case: Case) -> Found:
         callbacks: list[pl.Callback] = [notes]
         if case.keep:
             callbacks.append(Checkpointing(2, None, keep_every_n_steps=2, folder=case.keep))
+        if case.probes:  # all rows, whichever process has them
+            probe = NormProbe(case.steps, rows=ROWS // case.data, per_layer=True)
+            callbacks += [probe, Flops(utilisation=False)]
         trainer = make_trainer(
             case, folder, callbacks=callbacks, enable_checkpointing=bool(case.keep)
         )
         trainer.fit(module, RowsData(), ckpt_path=case.begin or None, weights_only=True)
         weights = whole_weights(module)
-        tokens = module.reported["train/tokens"][1]
-    return Found(notes.losses, 0.0, tokens, weights)
+        figures = {name: value for name, (_, value) in module.reported.items()}
+    measured = {n: v for n, v in figures.items() if n.startswith(("norms/", "flops/"))}
+    return Found(notes.losses, figures["train/tokens"], weights, measured)
 
 
 def whole_weights(module: LanguageModelModule) -> dict[str, torch.Tensor]:

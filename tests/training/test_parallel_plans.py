@@ -5,13 +5,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from parallel_cases import MODELS, SIZES, transformer
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from toolmem.errors import ToolmemError
 from toolmem.models import RNN, Eagle, Hybrid, Mamba, Mamba2, Medusa, MoETransformer
+from toolmem.models.rnn import GRU, LSTM
 from toolmem.training.parallel import parallelize
 from toolmem.training.parallel.layout import row_order
 from toolmem.training.parallel.plans import Sharing
@@ -42,7 +42,7 @@ def test_every_parameter_of_a_split_branch_has_its_place(name):
     for branch, plan in chosen.items():
         parameters = {path for path, _ in branch.named_parameters()}
         if not plan.split:
-            assert isinstance(branch, nn.Module) and name in ("lstm", "gru")
+            assert isinstance(branch, LSTM | GRU)
             assert not plan.cuts and not plan.sizes
             continue
         assert parameters - plan.cuts.keys() <= {"router.weight"}, names[branch]

@@ -26,6 +26,7 @@ FOUR = [
     *(Case(name, 2, 2, "split") for name in ARCHITECTURES),
     *(Case(name, 2, 2, "split", **FEW) for name in MODELS if name not in ARCHITECTURES),
     *(Case(name, 2, 2, "split", "muon", **FEW) for name in ("transformer", "moe", "rglru")),
+    *(Case(name, 2, 2, "split", probes=True, **FEW) for name in ("hybrid", "gqa_tied")),
     Case("hybrid_rows", 2, 2, "split", sequence=True, **FEW),
     Case("mamba2_groups", 1, 4, "split", "muon", **FEW),
     Case("moe", 4, 1, "split", "muon", **FEW),
@@ -61,7 +62,7 @@ def alone():
     known = {}
 
     def of(case):
-        key = (case.model, case.optimizer, case.steps, case.wide)
+        key = case.alone.name, case.steps, case.wide
         if key not in known:
             known[key] = train(case.alone)
         return known[key]
@@ -91,6 +92,21 @@ def test_two_processes_train_as_one(two, alone, case):
 @pytest.mark.parametrize("case", FOUR, ids=lambda case: case.name)
 def test_four_processes_train_as_one(four, alone, case):
     same(case, four[case.name], alone(case))
+
+
+@pytest.mark.parametrize("name", ["hybrid", "gqa_tied"])
+def test_norms_and_flops_are_those_of_the_whole_model(four, alone, name):
+    case = Case(name, 2, 2, "split", probes=True, **FEW)
+    found, expected = four[case.name].figures, alone(case).figures
+    assert found.keys() == expected.keys()
+    assert any(key.startswith("norms/dead_units/blocks") for key in expected)
+    for key, value in expected.items():
+        if key == "flops/executed_total":  # reckoned by plain attention where the model is split
+            assert found[key] == pytest.approx(value, rel=0.05)
+        elif key == "flops/optimizer":  # processes that share layers each update what both have
+            assert value < found[key] < 2 * value
+        else:
+            assert found[key] == pytest.approx(value, rel=1e-6), key
 
 
 @pytest.mark.parametrize(("name", "by"), RESUMED)

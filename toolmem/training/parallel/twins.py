@@ -18,7 +18,7 @@ def class_of(model: LanguageModel) -> type[LanguageModel]:
 def shapes_of(model: LanguageModel) -> LanguageModel:
     """The same model on the meta device: shapes, no numbers."""
     with torch.device("meta"):
-        twin = class_of(model)(**model.init_args)
+        twin = class_of(model)(**model.init_args).to(model.embedding.weight.dtype)
     for name, parameter in model.named_parameters():
         twin.get_parameter(name).requires_grad_(parameter.requires_grad)
     return twin
