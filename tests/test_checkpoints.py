@@ -133,8 +133,32 @@ def test_a_full_disk_leaves_the_old_one(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("spec", ["no.such.Model", "Model", "", "toolmem.models.Missing"])
 def test_classes_that_are_not_there(spec):
-    with pytest.raises(ToolmemError, match=r"here: the model class: (cannot import|no\.such\.Model is not imported)"):
+    with pytest.raises(
+        ToolmemError,
+        match=r"here: the model class: (cannot import|no\.such\.Model is not imported)",
+    ):
         checkpoints.build_model({"class_path": spec, "init_args": {}}, "here")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("n_layers", 10**15, "whose n_layers is 1,000,000,000,000,000"),
+        ("multi_token", 10**6, "which has more (modules|parameters)"),
+        ("hidden_dim", 10**8, "which has more parameters"),
+        ("hidden_dim", 10**13, "whose hidden_dim is 10,000,000,000,000"),
+    ],
+)
+def test_models_that_are_larger_than_their_weights_are_not_made(option, value, words, tmp_path):
+    """Else a file of a kilobyte costs hours or all memory."""
+    path = tmp_path / "a.ckpt"
+    save(make(), path)
+    checkpoint = checkpoints.read(path)
+    checkpoint["toolmem"]["model"]["init_args"][option] = value
+    checkpoints.write(checkpoint, path)
+    with pytest.raises(ToolmemError, match=rf"do not fit its own model, {words}"):
+        checkpoints.load(path)
+    assert not torch.nn.modules.module._global_parameter_registration_hooks
 
 
 def test_classes_of_something_else():

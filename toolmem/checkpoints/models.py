@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,12 +79,15 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> LoadedCheckpoi
     path = resolve(path)
     checkpoint = read(path, parts=("state_dict", "global_step", KEY))
     about = about_of(checkpoint, path)
-    model = build_model(about["model"], path)
+    weights = weights_of(checkpoint)
+    _check_numbers(about["model"].get("init_args"), len(weights), path)
+    with no_larger_than(weights, path):
+        model = build_model(about["model"], path)
     step = checkpoint.get("global_step", 0)
     if not isinstance(step, int):
         raise ToolmemError(f"{path}: its step is {step!r:.40}: the file was edited; use another")
     try:
-        model.load_state_dict(weights_of(checkpoint))
+        model.load_state_dict(weights)
     except (RuntimeError, AttributeError, TypeError) as error:
         raise ToolmemError(f"the weights in {path} do not fit its own model: {error}") from error
     try:
@@ -108,12 +113,69 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> LoadedCheckpoi
     )
 
 
+def _check_numbers(options: Any, n_tensors: int, where: str | Path) -> None:
+    """No model has more layers than tensors, nor any option of more than 2³¹; a base's neither."""
+    for key, value in options.items() if isinstance(options, Mapping) else ():
+        _check_numbers(value, n_tensors, where)
+        most = n_tensors if key == "n_layers" else 1 << 31
+        if isinstance(value, int) and value > most:
+            raise ToolmemError(
+                f"the weights in {where} do not fit its own model, whose {key} is {value:,}: the file was "
+                "edited; use another"
+            )
+
+
+@contextmanager
+def no_larger_than(weights: Mapping[str, torch.Tensor], where: str | Path) -> Iterator[None]:
+    """In here a model stops being made as soon as it cannot be the one of these weights.
+
+    A file that says ``n_layers: 10**15`` must cost neither hours nor memory. Parameters are registered before
+    they are filled, so what they ask for is not taken yet.
+
+    Args:
+        weights: by name.
+        where: the file, for messages.
+
+    Raises:
+        ToolmemError: when there are more parameters, or many more modules, than weights.
+    """
+    from torch.nn.modules import module as modules
+
+    me = threading.get_ident()
+    left = {
+        "parameters": 1000 + 2 * sum(weight.numel() for weight in weights.values()),
+        "modules": 1000 + 32 * len(weights),
+    }
+
+    def take(kind: str, n: int) -> None:
+        if threading.get_ident() == me:
+            left[kind] -= n
+            if left[kind] < 0:
+                raise ToolmemError(
+                    f"the weights in {where} do not fit its own model, which has more {kind}: the file was "
+                    "edited; use another"
+                )
+
+    hooks = [
+        modules.register_module_parameter_registration_hook(
+            lambda _, __, one: take("parameters", 0 if one is None else one.numel())
+        ),
+        modules.register_module_module_registration_hook(lambda *_: take("modules", 1)),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def weights_of(checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """The model's weights in a checkpoint, by the model's own names."""
+    stored = checkpoint.get("state_dict")
     return {
         name.removeprefix(WEIGHTS_PREFIX): value
-        for name, value in checkpoint.get("state_dict", {}).items()
-        if name.startswith(WEIGHTS_PREFIX)
+        for name, value in (stored.items() if isinstance(stored, Mapping) else ())
+        if name.startswith(WEIGHTS_PREFIX) and hasattr(value, "numel")
     }
 
 
