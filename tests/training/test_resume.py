@@ -2,15 +2,22 @@
 
 import contextlib
 import csv
+import random
 import secrets
+from pathlib import Path
 
+import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 from training_toys import ToyData, make_batch, make_module, make_trainer, tiny
 
 from toolmem import checkpoints
 from toolmem.errors import ToolmemError
 from toolmem.training import WSD, AdamW, Checkpointing, Cosine, CSVLogger, Linear, Muon
+
+FORMAT_1 = Path(__file__).parents[1] / "checkpoints" / "format_1.ckpt"
 
 
 def uneven(index: int):
@@ -31,6 +38,7 @@ def run(
     """Train, the schedule planned for 12 steps whatever ``max_steps`` is."""
     module = module or make_module(tiny(dropout=0.1), schedule=Linear(warmup_steps=3))
     data = data or ToyData(uneven)
+    callbacks = options.pop("callbacks", [])
     keep = Checkpointing(every_n_steps=every, keep_every_n_steps=every)
     trainer = make_trainer(
         folder,
@@ -39,7 +47,7 @@ def run(
         log_every_n_steps=3,
         accumulate_grad_batches=accumulate,
         enable_checkpointing=True,
-        callbacks=[keep],
+        callbacks=[*callbacks, keep],
         **({"val_check_interval": 5} | options),
     )
     if max_steps < 12:
@@ -57,8 +65,6 @@ class Killed(Exception):
 
 
 def Kill(step):
-    import lightning.pytorch as pl
-
     class KillAfter(pl.Callback):
         def on_train_batch_end(self, trainer, *args):
             if trainer.global_step >= step:
@@ -68,8 +74,6 @@ def Kill(step):
 
 
 def KillIn(hook, step):
-    import lightning.pytorch as pl
-
     def kill(self, trainer, *args):
         if trainer.global_step >= step:
             raise Killed
@@ -96,6 +100,71 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path):
         torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True)
     )
     assert rows(part) == rows(tmp_path / "whole")
+
+
+def test_random_numbers_go_on(tmp_path):
+    """Units are dropped, and callbacks draw, as if the run had not been stopped."""
+
+    def go(folder, max_steps=12, resume=None):
+        drawn = []
+        module = make_module(tiny(dropout=0.3), schedule=Linear(warmup_steps=3))
+
+        def draw(trainer, *_):
+            drawn.append((random.random(), np.random.rand(), torch.rand(()).item()))
+
+        random.seed(5 if resume is None else 99)
+        np.random.seed(5 if resume is None else 99)
+        callback = LambdaCallback(on_train_batch_end=draw)
+        module, _ = run(folder, max_steps, resume, module=module, callbacks=[callback])
+        return module, drawn
+
+    whole, expected = go(tmp_path / "whole")
+    part = tmp_path / "part"
+    go(part, 9)
+    resumed, drawn = go(part, resume=part / "checkpoints" / "last.ckpt")
+    assert drawn == expected[8:]
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_checkpoint_of_format_1_goes_on(tmp_path):
+    """As version 0.1 wrote it: by torch.save, optimizer states by number."""
+    whole, _ = run(tmp_path / "whole", every=8, data=Real(), module=of_format_1())
+    resumed, data = run(tmp_path / "new", resume=FORMAT_1, data=Real(), module=of_format_1())
+    assert data.log == list(range(8, 12))
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+class Real(ToyData):
+    """The name of the class is that of its state in the file."""
+
+
+def of_format_1():
+    return make_module(tiny(), schedule=Linear(warmup_steps=3))
+
+
+def test_optimizer_states_go_by_name(tmp_path):
+    module, _ = run(tmp_path)
+    state = checkpoints.read(tmp_path / "checkpoints" / "last.ckpt")["optimizer_states"][0]
+    names = {f"model.{name}" for name, _ in module.model.named_parameters()}
+    assert set(state["state"]) == names
+    assert {name for group in state["param_groups"] for name in group["params"]} == names
+    optimizer = module.optimizers().optimizer
+    shuffled = {**state, "param_groups": [
+        {**group, "params": group["params"][::-1]} for group in state["param_groups"]
+    ]}  # fmt: skip
+    optimizer.load_state_dict(shuffled)  # found by name, whatever their order
+    for name, parameter in module.named_parameters():
+        for key, value in state["state"][name].items():
+            assert torch.equal(optimizer.state[parameter][key], value), (name, key)
+    del state["state"]["model.embedding.weight"]
+    state["param_groups"] = [
+        {**group, "params": [name for name in group["params"] if "embedding" not in name]}
+        for group in state["param_groups"]
+    ]
+    with pytest.raises(ToolmemError, match=r"model\.embedding\.weight in another group"):
+        optimizer.load_state_dict(state)
 
 
 @pytest.mark.parametrize("step", [8, 12])

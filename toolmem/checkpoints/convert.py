@@ -15,11 +15,19 @@ from typing import Any, Literal
 
 import toolmem
 from toolmem.checkpoints import tensor_files
-from toolmem.checkpoints.formats import KEY, is_torch_file, read, read_state, unreadable
+from toolmem.checkpoints.formats import (
+    KEY,
+    explained,
+    is_torch_file,
+    read,
+    read_state,
+    write,
+    write_flat,
+)
 from toolmem.checkpoints.models import WEIGHTS_PREFIX, about_of, build_model
 from toolmem.checkpoints.places import part_of, remove, replace, resolve
 from toolmem.checkpoints.state import Flat, flatten
-from toolmem.checkpoints.stored import FORMAT, Stored, is_sharded, write_file
+from toolmem.checkpoints.stored import FORMAT, Stored, is_sharded
 from toolmem.checkpoints.tensor_files import DamagedError, TensorFile
 from toolmem.errors import ToolmemError
 from toolmem.files import atomic_path
@@ -43,22 +51,18 @@ def convert(source: str | Path, target: str | Path, form: Form, ranks: int = 1) 
         ToolmemError: when the source is missing, damaged or no checkpoint, or the target cannot be written.
     """
     path, target = resolve(source), Path(target)
-    try:
-        with ExitStack() as stack:
-            if path.is_file() and is_torch_file(path):
-                flat = flatten(read(path))
-            else:
-                stored = stack.enter_context(Stored(path))
-                flat = Flat(stored.tree, stored.tensors)
-            if form == "weights":
-                _write_weights(flat, path, target)
-            elif form == "file":
-                with atomic_path(target, durable=True) as temporary:
-                    write_file(flat, temporary)
-            else:
-                _write_folder(flat, target, ranks)
-    except DamagedError as error:
-        raise unreadable(path, error) from error
+    with explained(path), ExitStack() as stack:
+        if path.is_file() and is_torch_file(path):
+            flat = flatten(read(path))
+        else:
+            stored = stack.enter_context(Stored(path))
+            flat = Flat(stored.tree, stored.tensors)
+        if form == "weights":
+            _write_weights(flat, path, target)
+        elif form == "file":
+            write_flat(flat, target)
+        else:
+            _write_folder(flat, target, ranks)
 
 
 def _write_folder(flat: Flat, target: Path, ranks: int) -> None:
@@ -103,18 +107,15 @@ def import_weights(
         ToolmemError: when it says nothing of its model, or has other parameters.
     """
     path = Path(source)
-    try:
-        with TensorFile(path) as file:
-            if about is None:
-                if ABOUT not in file.metadata:
-                    raise ToolmemError(
-                        f"{path} does not say which model its weights are of: name a run of the same model "
-                        "by --like"
-                    )
-                about = json.loads(file.metadata[ABOUT])
-            weights = {name: file.read(name) for name in file.entries}
-    except (OSError, ValueError, DamagedError) as error:
-        raise unreadable(path, error) from error
+    with explained(path), TensorFile(path) as file:
+        if about is None:
+            if ABOUT not in file.metadata:
+                raise ToolmemError(
+                    f"{path} does not say which model its weights are of: name a run of the same model "
+                    "by --like"
+                )
+            about = json.loads(file.metadata[ABOUT])
+        weights = {name: file.read(name) for name in file.entries}
     kept = {key: about[key] for key in ("model", "data")}
     model = build_model(kept["model"], path)
     try:
@@ -127,8 +128,7 @@ def import_weights(
         "epoch": 0,
         KEY: {"format": FORMAT, "version": toolmem.__version__, **kept},
     }
-    with atomic_path(target, durable=True) as temporary:
-        write_file(flatten(checkpoint), temporary)
+    write(checkpoint, target)
 
 
 def is_weights_file(path: Path) -> bool:

@@ -52,6 +52,8 @@ def newest_intact(folder: str | Path) -> Path | None:
         try:
             check(path)
         except UnreadableError as error:
+            if isinstance(error.__cause__, MemoryError | PermissionError):  # no fault of the file
+                raise
             damaged.append((path, str(error)))
             continue
         for other, reason in damaged:

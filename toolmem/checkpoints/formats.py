@@ -7,12 +7,13 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolmem.checkpoints.places import exists, make_room, present
-from toolmem.checkpoints.state import flatten, unflatten
+from toolmem.checkpoints.places import exists, keep_earlier, make_room, present
+from toolmem.checkpoints.state import Flat, flatten, unflatten
 from toolmem.checkpoints.stored import FORMAT, Stored, is_sharded, unknown_format, write_file
 from toolmem.checkpoints.tensor_files import DamagedError
 from toolmem.errors import ToolmemError
@@ -46,10 +47,20 @@ def write(checkpoint: Mapping[str, Any], path: str | Path) -> None:
         ToolmemError: when the folder cannot be written or the disk is full, or it holds something else
             than plain data.
     """
-    flat = flatten(checkpoint)
-    path = Path(path)
+    write_flat(flatten(checkpoint), Path(path))
+
+
+def write_flat(flat: Flat, path: Path, keep: int = 1) -> None:
+    """The same of one that was taken apart.
+
+    Args:
+        flat: the checkpoint.
+        path: of the file.
+        keep: how many of the name to keep, this one included (``last-1.ckpt``, ...).
+    """
     with atomic_path(path, durable=True) as temporary:
         write_file(flat, temporary)
+        keep_earlier(path, keep)
         make_room(path)
 
 
@@ -74,22 +85,19 @@ def read(
     if not is_sharded(path) and is_torch_file(path):
         checkpoint = _read_torch(path, map_location)
         return {key: checkpoint[key] for key in checkpoint if parts is None or key in parts}
-    try:
-        with Stored(path) as stored:
-            found: dict[str, torch.Tensor] = {}
+    with explained(path), Stored(path) as stored:
+        found: dict[str, torch.Tensor] = {}
 
-            def tensor(name: str) -> torch.Tensor:
-                if name not in found:
-                    found[name] = stored.read(name).to(map_location or "cpu")
-                return found[name]
+        def tensor(name: str) -> torch.Tensor:
+            if name not in found:
+                found[name] = stored.read(name).to(map_location or "cpu")
+            return found[name]
 
-            return {
-                key: unflatten(value, tensor)
-                for key, value in stored.tree.items()
-                if parts is None or key in parts
-            }
-    except FORGED as error:
-        raise unreadable(path, error) from error
+        return {
+            key: unflatten(value, tensor)
+            for key, value in stored.tree.items()
+            if parts is None or key in parts
+        }
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
@@ -101,11 +109,8 @@ def read_state(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not exists(path) or (not is_sharded(path) and is_torch_file(path)):
         return read(path)
-    try:
-        with Stored(path) as stored:
-            return unflatten(_without_tensors(stored.tree), _no_tensor)
-    except FORGED as error:
-        raise unreadable(path, error) from error
+    with explained(path), Stored(path) as stored:
+        return unflatten(_without_tensors(stored.tree), _no_tensor)
 
 
 def _without_tensors(tree: Any) -> Any:
@@ -137,11 +142,8 @@ def check(path: str | Path) -> None:
                 raise unreadable(path, DamagedError(f"{damaged} in it is damaged"))
         read(path)
         return
-    try:
-        with Stored(path) as stored:
-            stored.check()
-    except FORGED as error:
-        raise unreadable(path, error) from error
+    with explained(path), Stored(path) as stored:
+        stored.check()
 
 
 def is_torch_file(path: Path) -> bool:
@@ -179,8 +181,19 @@ def migrate(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any]:
     return {**checkpoint, KEY: {**about, "format": FORMAT}}
 
 
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """In here what reading a damaged checkpoint stumbles by becomes an `UnreadableError`."""
+    try:
+        yield
+    except FORGED as error:
+        if isinstance(error, ToolmemError) and not isinstance(error, DamagedError):
+            raise  # it says more itself: an unknown format
+        raise unreadable(path, error) from error
+
+
 def unreadable(path: Path, error: BaseException) -> UnreadableError:
-    """The message for a checkpoint that is damaged."""
+    """The error for a checkpoint that is damaged."""
     reason = first_line(error).removeprefix(f"{path}: ")
     return UnreadableError(
         f"{path} cannot be read as a checkpoint ({reason}): it is truncated, corrupt "

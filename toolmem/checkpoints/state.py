@@ -68,7 +68,7 @@ class _Flattening:
         if value is None or value is True or value is False:
             return value
         if isinstance(value, str):
-            return str(value)
+            return str.__str__(value)
         if isinstance(value, int):
             return int(value)
         if isinstance(value, float):

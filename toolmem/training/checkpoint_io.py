@@ -13,10 +13,9 @@ from torch import Tensor
 from toolmem import checkpoints
 from toolmem.checkpoints import places
 from toolmem.checkpoints.background import BackgroundWriter, WhenBusy
+from toolmem.checkpoints.formats import write_flat
 from toolmem.checkpoints.state import Flat, flatten
-from toolmem.checkpoints.stored import write_file
 from toolmem.errors import ToolmemError
-from toolmem.files import atomic_path
 
 
 @dataclass(frozen=True)
@@ -70,10 +69,7 @@ class AtomicCheckpointIO(CheckpointIO):
         """The same of a checkpoint taken apart; errors are told by ``writer.take_error``."""
 
         def write(tensors: Mapping[str, Tensor]) -> None:
-            with atomic_path(path, durable=True) as temporary:
-                write_file(Flat(flat.tree, dict(tensors)), temporary)
-                places.keep_earlier(path, saving.keep_last)
-                places.make_room(path)
+            write_flat(Flat(flat.tree, tensors), path, saving.keep_last)
             for other in saving.also:
                 places.copy(path, other)
 

@@ -23,11 +23,10 @@ from torch.optim import Optimizer
 
 from toolmem.checkpoints import places
 from toolmem.checkpoints.background import WhenBusy
-from toolmem.checkpoints.formats import is_torch_file, unreadable
+from toolmem.checkpoints.formats import explained, is_torch_file
 from toolmem.checkpoints.sharded import fill, pieces, wait_for_all, write_shard
 from toolmem.checkpoints.state import Flat, flatten, unflatten
 from toolmem.checkpoints.stored import Stored, StoredTensor
-from toolmem.checkpoints.tensor_files import DamagedError
 from toolmem.errors import ToolmemError
 from toolmem.training.checkpoint_io import AtomicCheckpointIO, Saving
 from toolmem.training.optimizer_names import plain_name
@@ -172,12 +171,9 @@ class ShardedCheckpoints(ModelParallelStrategy):
             raise ToolmemError(
                 f"{path} is of format 1, which sharded runs do not read: `toolmem convert` it first"
             )
-        try:
-            with Stored(path) as stored:
-                found = self._read(stored)
-                return unflatten(stored.tree, found.__getitem__)
-        except (DamagedError, OSError, ValueError, KeyError) as error:
-            raise unreadable(path, error) from error
+        with explained(path), Stored(path) as stored:
+            found = self._read(stored)
+            return unflatten(stored.tree, found.__getitem__)
 
     def _read(self, stored: Stored) -> dict[str, Tensor]:
         """All tensors, each sharded as the parameter that it belongs to."""

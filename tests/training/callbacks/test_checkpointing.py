@@ -1,5 +1,6 @@
 import contextlib
 import errno
+import resource
 import time
 
 import lightning.pytorch as pl
@@ -126,6 +127,28 @@ def test_a_disk_that_is_full_for_a_while(tmp_path, monkeypatch, background):
         fit(tmp_path, Checkpointing(every_n_steps=2, keep_last=3, background=background))
     assert len([w for w in warned if "disk is full" in str(w.message)]) == 2
     assert steps(tmp_path) == {"last.ckpt": 10, "last-1.ckpt": 8, "last-2.ckpt": 2}
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_limit_that_the_system_sets(tmp_path, background):
+    """A real refusal in the middle of a file, not one of ours."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Limit(pl.Callback):
+        def on_train_batch_start(self, trainer, *args):
+            small = 3 <= trainer.global_step < 6
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096 if small else soft, hard))
+
+    keep = Checkpointing(every_n_steps=2, background=background)
+    trainer = make_trainer(tmp_path, 10, callbacks=[Limit(), keep], enable_checkpointing=True)
+    try:
+        with pytest.warns(RuntimeWarning, match=r"last\.ckpt: File too large"):
+            trainer.fit(make_module(), ToyData())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert steps(tmp_path) == {"last.ckpt": 10, "last-1.ckpt": 8}
+    for path in (tmp_path / "checkpoints").iterdir():
+        checkpoints.check(path)
 
 
 @pytest.mark.parametrize("background", [False, True])
