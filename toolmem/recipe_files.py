@@ -32,6 +32,8 @@ def read_mapping(path: str | Path, source: str | None = None) -> dict[str, Any]:
         raise ToolmemError(f"{source}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ToolmemError(f"{source}: this is not a text file") from error
+    except ValueError as error:  # a NUL in the path
+        raise ToolmemError(f"{source!r}: this is no path ({error})") from error
     found = parse_yaml(text, source)
     if not isinstance(found, dict):
         raise ToolmemError(f"{source}: this is no mapping of keys (model, data, ...)")

@@ -23,7 +23,7 @@ FOUND = {
         [(4, True, False)],
         [(2103, [], False)],
     ],
-    "sweep": [[(103, [[]], False)], [(10, 10**15, False)]],
+    "sweep": [[(103, [[]], False)], [(10, 10**15, False)], [(0, "\x00", False)]],
     "checkpoint_words": [[(1036, None, False)]],
     "checkpoint_header": [("file", [(741, None, False)]), ("file", [(226, None, False)])],
     "request": [([], [("set", 0, b"[[[[", 1)])],
