@@ -69,6 +69,8 @@ HEAD = """\
 This page is written by `docs/make_reference.py` from the code. `toolmem COMMAND --help` says the same.
 
 An error is one plain line and exit code 2; nothing half-written stays behind. Ctrl-C gives exit code 130.
+`toolmem fit` that a signal asked to end gives 75: the same command with `--resume auto` goes on
+([Interruptions](reliability.md)).
 `TOOLMEM_DEBUG=1` shows the traceback instead.
 
 With every command, `--allow_packages NAME[,NAME]` lets recipes and checkpoints name classes of these
