@@ -183,7 +183,7 @@ def test_files_of_the_hub_are_addresses_and_datasets_are_streams(monkeypatch):
             asked.append(path)
             return "/" + str(path).removeprefix("hf://").strip("/")
 
-    monkeypatch.setitem(fsspec.registry._registry, "hf", Store)
+    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "hf", Store)
     Store().pipe("/datasets/owner/name/a.jsonl", b'{"text": "from the hub"}\n')
     found = open_documents("hf://datasets/owner/name/a.jsonl")
     assert isinstance(found, Documents) and list(found.once()) == ["from the hub"]
