@@ -18,6 +18,7 @@ the script says so and ends.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import statistics
@@ -51,7 +52,7 @@ from toolmem.training import (
 
 TARGETS = {"ddp_scaling": "≥ 1.7", "machine_scaling": "", "ddp_efficiency": ""}
 SIDES = ("one", "apart", "ddp")
-ROWS = 16  # dialogues of a process
+ROWS, QUICK_ROWS = 16, 4  # dialogues of a process
 WARM_UP = 2  # steps: DDP makes its buckets anew after the first
 
 
@@ -72,8 +73,12 @@ class Stopwatch(pl.Callback):
             self.began = time.perf_counter()
 
 
-def tokens_per_second(side: str, steps: int) -> tuple[float, int]:
-    """Train for ``steps`` steps; this process's tokens a second, and the model's parameters."""
+def tokens_per_second(side: str, rows: int, steps: int) -> tuple[float, int]:
+    """Train for ``steps`` steps of ``rows`` dialogues a process.
+
+    Returns:
+        this process's tokens a second, and the model's parameters.
+    """
     together = side == "ddp"
     torch.manual_seed(0)
     model = Transformer(260, dim=192, n_layers=5, n_heads=6, max_seq_len=256)
@@ -96,23 +101,30 @@ def tokens_per_second(side: str, steps: int) -> tuple[float, int]:
             logger=[CSVLogger(folder)],
             callbacks=[watch, Throughput()],
         )
-        rows = ROWS * (2 if together else 1)
-        data = FactsDataModule(people=1000, setting="in_tool", batch_size=rows, unseen_people=0)
+        data = FactsDataModule(
+            people=1000,
+            setting="in_tool",
+            batch_size=rows * (2 if together else 1),
+            unseen_people=0,
+        )
         trainer.fit(LanguageModelModule(model, AdamW(lr=1e-3), Constant(), fused=False), data)
     return watch.tokens / (watch.ended - watch.began), sum(p.numel() for p in model.parameters())
 
 
-def work(rank: int, port: int, rounds: int, steps: int, file: str) -> None:
+def work(rank: int, port: int, rounds: int, rows: int, steps: int, file: str) -> None:
     """One of the two processes: takes part in every side of every round.
 
     Args:
         rank: 0 or 1.
         port: where they meet.
         rounds: how often the sides take turns.
+        rows: dialogues of each process.
         steps: of each.
         file: where rank zero writes all tokens a second.
     """
     warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
     os.sched_setaffinity(0, {cores()[rank]})
     torch.set_num_threads(1)
     os.environ |= {
@@ -126,7 +138,7 @@ def work(rank: int, port: int, rounds: int, steps: int, file: str) -> None:
             dist.barrier()
             rate = torch.zeros((), dtype=torch.float64)
             if side != "one" or rank == 0:
-                found, parameters = tokens_per_second(side, steps)
+                found, parameters = tokens_per_second(side, rows, steps)
                 rate.fill_(found)
             dist.all_reduce(rate)
             measured[side].append(rate.item())
@@ -142,13 +154,13 @@ def cores() -> list[int]:
 
 def measure(quick: bool) -> dict[str, Any]:
     """Everything, as plain data."""
-    rounds, steps = (1, 2) if quick else (7, 20)
+    rounds, rows, steps = (1, QUICK_ROWS, 2) if quick else (7, ROWS, 20)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         file = f"{folder}/rates.pt"
-        multiprocessing.spawn(work, (port, rounds, steps, file), nprocs=2)
+        multiprocessing.spawn(work, (port, rounds, rows, steps, file), nprocs=2)
         found = torch.load(file, weights_only=True)
     rates = found["measured"]
 
@@ -161,7 +173,7 @@ def measure(quick: bool) -> dict[str, Any]:
         "ddp_efficiency": ratio("ddp", "apart"),
         "details": {
             "parameters": found["parameters"],
-            "rows_per_process": ROWS,
+            "rows_per_process": rows,
             "steps": steps,
             "rounds": rounds,
             "tokens_per_s": rates,

@@ -11,7 +11,7 @@ from parallel_cases import MODELS, Case, run_cases, train
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 ARCHITECTURES = ("transformer", "moe", "mamba2", "mingru", "hybrid")
-FEW = {"steps": 6, "wide": True}  # options of an architecture: float64 shows what is wrong at once
+FEW = {"steps": 4, "wide": True}  # options of an architecture: float64 shows what is wrong at once
 TWO = [
     *(Case(name, 2, 1, "ddp") for name in ARCHITECTURES),
     *(Case(name, 2, 1, "split") for name in ARCHITECTURES),
