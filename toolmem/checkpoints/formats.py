@@ -36,29 +36,31 @@ class UnreadableError(ToolmemError):
     """A checkpoint is truncated, corrupt, or something else."""
 
 
-def write(checkpoint: Mapping[str, Any], path: str | Path) -> None:
+def write(checkpoint: Mapping[str, Any], path: str | Path, durable: bool = True) -> None:
     """Write a checkpoint in one step: temporary name, synced to disk, renamed.
 
     Args:
         checkpoint: plain data and tensors within each other.
         path: of the file.
+        durable: sync the folder too: after a power cut the new file is there, and not perhaps the old one.
 
     Raises:
         ToolmemError: when the folder cannot be written or the disk is full, or it holds something else
             than plain data.
     """
-    write_flat(flatten(checkpoint), Path(path))
+    write_flat(flatten(checkpoint), Path(path), durable=durable)
 
 
-def write_flat(flat: Flat, path: Path, keep: int = 1) -> None:
+def write_flat(flat: Flat, path: Path, keep: int = 1, durable: bool = True) -> None:
     """The same of one that was taken apart.
 
     Args:
         flat: the checkpoint.
         path: of the file.
         keep: how many of the name to keep, this one included (``last-1.ckpt``, ...).
+        durable: sync the folder, too.
     """
-    with atomic_path(path, durable=True) as temporary:
+    with atomic_path(path, durable=durable) as temporary:
         write_file(flat, temporary)
         keep_earlier(path, keep)
         make_room(path)

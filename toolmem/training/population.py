@@ -493,7 +493,8 @@ class PopulationModule(LanguageModelModule):
         step = self.done_at.get(member, self.trainer.global_step)
         path = self.folder(member) / "checkpoints" / "last.ckpt"
         path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoints.write(single_checkpoint(self.model, about, step), path)
+        # Thousands of these are written, and the run's own checkpoint holds them all until its end.
+        checkpoints.write(single_checkpoint(self.model, about, step), path, durable=False)
 
     def _training_of(self, member: int) -> dict[str, Any]:
         return {

@@ -18,13 +18,11 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.strategies.deepspeed import DeepSpeedStrategy
 from lightning.pytorch.strategies.fsdp import FSDPStrategy
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from toolmem.checkpoints import places
 from toolmem.checkpoints.background import WhenBusy
 from toolmem.checkpoints.formats import explained, is_torch_file
-from toolmem.checkpoints.sharded import fill, pieces, wait_for_all, write_shard
 from toolmem.checkpoints.state import Flat, flatten, unflatten
 from toolmem.checkpoints.stored import Stored, StoredTensor
 from toolmem.errors import ToolmemError
@@ -115,6 +113,8 @@ class ShardedCheckpoints(ModelParallelStrategy):
         return self.checkpoint_io
 
     def _save_whole(self, flat: Flat, path: Path, saving: Saving) -> None:
+        from torch.distributed.tensor import DTensor
+
         whole: dict[str, Tensor] = {}
         for name, tensor in flat.tensors.items():
             full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -124,6 +124,8 @@ class ShardedCheckpoints(ModelParallelStrategy):
             self._io.save_flat(Flat(flat.tree, whole), path, saving)
 
     def _save_pieces(self, flat: Flat, path: Path, saving: Saving) -> None:
+        from toolmem.checkpoints.sharded import pieces, wait_for_all, write_shard
+
         rank, ranks = self.global_rank, self.world_size
         self._io.writer.copied()
         token = self.broadcast(secrets.token_hex(4))
@@ -177,6 +179,10 @@ class ShardedCheckpoints(ModelParallelStrategy):
 
     def _read(self, stored: Stored) -> dict[str, Tensor]:
         """All tensors, each sharded as the parameter that it belongs to."""
+        from torch.distributed.tensor import DTensor
+
+        from toolmem.checkpoints.sharded import fill
+
         assert self.lightning_module is not None
         parameters = {
             plain_name(name): parameter
