@@ -111,7 +111,7 @@ class StackedOptimizer(MuonAdamW):
         if any(group["weight_decay"]):
             kept = [1 - rate * decay for rate, decay in zip(lr, group["weight_decay"], strict=True)]
             torch._foreach_mul_(weights, rows.columns(kept))
-        for shape, members in self._batches(weights).items():
+        for shape, members in self._stacks(weights):
             batch = self._orthogonal([updates[i] for i in members], group["steps"])
             ratio = rate_ratio(shape, group["adjust"])
             rates = rows.columns([-rate * ratio for rate in lr])
