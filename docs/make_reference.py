@@ -24,6 +24,7 @@ from toolmem.cli.evaluate import evaluate
 from toolmem.cli.generate import generate
 from toolmem.cli.inspect import inspect as inspect_recipe
 from toolmem.cli.inspect_init import inspect_init
+from toolmem.cli.plan import plan
 from toolmem.cli.plot import norms as plot_norms
 from toolmem.cli.plot import page as plot_page
 from toolmem.cli.plot_circuits import circuits as plot_circuits
@@ -55,6 +56,7 @@ from toolmem.training import (
     InverseSqrt,
     LanguageModelModule,
     Linear,
+    MemoryUse,
     Muon,
     NormProbe,
     RecallProbe,
@@ -200,7 +202,7 @@ def page() -> str:
             (Transformer, MoETransformer, Mamba, Mamba2, RNN, LinearAttention, Hybrid),
         ),
         ("toolmem.training", (Muon, AdamW, WSD, Cosine, Linear, InverseSqrt, Constant)),
-        ("toolmem.training", (Flops, EMA, BatchSizeWarmup, TokenLossProbe)),
+        ("toolmem.training", (Flops, EMA, BatchSizeWarmup, TokenLossProbe, MemoryUse)),
     ):
         for cls in classes:
             text += f"#### {package}.{cls.__name__}\n\n{summary(cls)}{table(cls, '')}"
@@ -210,6 +212,7 @@ def page() -> str:
     text += command("toolmem evaluate", evaluate)
     text += command("toolmem inspect", inspect_recipe)
     text += command("toolmem inspect init", inspect_init)
+    text += command("toolmem plan", plan)
     text += command("toolmem plot", plot_page, ("folder",))
     text += command("toolmem plot norms", plot_norms, ("run",))
     text += command("toolmem plot circuits", plot_circuits, ("run",))
