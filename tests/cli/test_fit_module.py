@@ -37,7 +37,10 @@ def test_the_last_word_on_it_counts(tmp_path):
     ("name", "message"),
     [
         ("toolmem.training.Nothing", "module: cannot import 'toolmem.training.Nothing'"),
-        ("toolmem.training.AdamW", "module: toolmem.training.AdamW is not a toolmem.training.LanguageModelModule"),
+        (
+            "toolmem.training.AdamW",
+            "module: toolmem.training.AdamW is not a toolmem.training.LanguageModelModule",
+        ),
     ],
 )
 def test_what_trains_nothing_is_refused(name, message, toolmem, tmp_path):

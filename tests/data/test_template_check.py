@@ -30,7 +30,9 @@ RUNAWAYS = {
     "{{ name.replace('', name) }}": r"the method replace\(\)",
     "{{ name|replace('', name) }}": "the filter replace",
     "{{ ','.join(name) }}": r"the method join\(\)",
-    "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}": "the (call of|name) range",
+    "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}": (
+        "the (call of|name) range"
+    ),
     "{% for a in name %}{% for b in name %}x{% endfor %}{% endfor %}": "a loop within a loop",
     "{% for a in name recursive %}{{ loop(a) }}{% endfor %}": "a loop within a loop",
     "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}": "macro",

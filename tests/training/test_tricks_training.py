@@ -240,8 +240,7 @@ class Stop(pl.Callback):
 
 def assert_same_end(first, second):
     first, second = (
-        checkpoints.read(folder / "checkpoints" / "last.ckpt")
-        for folder in (first, second)
+        checkpoints.read(folder / "checkpoints" / "last.ckpt") for folder in (first, second)
     )
     for key in ("state_dict", "current_model_state"):
         assert first.get(key, {}).keys() == second.get(key, {}).keys()

@@ -84,7 +84,7 @@ def precision_plugin(precision: object, accelerator: object) -> MixedPrecision |
     cuda = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     if not cuda and accelerator != "cpu" and torch.backends.mps.is_available():
         return None
-    return MixedPrecision(precision, "cuda" if cuda else "cpu")  # type: ignore[arg-type]
+    return MixedPrecision(precision, "cuda" if cuda else "cpu")
 
 
 class MixedPrecision(LightningMixedPrecision):
