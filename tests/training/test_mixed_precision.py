@@ -109,6 +109,7 @@ torch.set_num_threads(1)
 from lightning.pytorch.strategies import ModelParallelStrategy
 from test_mixed_precision import Overflows
 from training_toys import ToyData, make_module, make_trainer, tiny
+from toolmem.models.recompute import ActivationCheckpointing
 from toolmem.training.mixed_precision import MixedPrecision
 
 def local(tensor):
@@ -153,6 +154,15 @@ for dtype in (None, "bfloat16"):
     trainer.fit(module, ToyData())
     found[str(dtype)] = module.reported["train/loss"][1]
     found[str(dtype) + " weights"] = str({{p.dtype for p in module.parameters()}})
+for name, sizes in {{"fsdp": (2, 1), "tensor": (1, 2)}}.items():
+    for mode in ("none", "blocks", "selective"):
+        strategy = ModelParallelStrategy(*sizes, save_distributed_checkpoint=False)
+        strategy._process_group_backend = "gloo"
+        how = ActivationCheckpointing(mode)
+        module = make_module(tiny(dim=16), fused=False, activation_checkpointing=how)
+        trainer = make_trainer({folder!r}, 6, devices=2, strategy=strategy, log_every_n_steps=6)
+        trainer.fit(module, ToyData())
+        found[name + " " + mode] = module.reported["train/loss"][1]
 torch.save(found, {folder!r} + f"/found{{trainer.global_rank}}.pt")
 """
 
@@ -177,3 +187,7 @@ def test_two_processes_leave_out_the_same_steps(tmp_path):
         assert found["bfloat16"] == pytest.approx(found["None"], rel=0.02)
         assert found["bfloat16"] != found["None"]
         assert found["bfloat16 weights"] == "{torch.float32}"
+        for way in ("fsdp", "tensor"):  # recomputed over ranks
+            for mode in ("blocks", "selective"):
+                plain = found[f"{way} none"]
+                assert found[f"{way} {mode}"] == pytest.approx(plain, rel=1e-6), (way, mode)
