@@ -25,8 +25,8 @@ HEAVY = {
 # every command line that has a --help of its own
 HELPS = [
     "demo", "fit", "validate", "test", "predict", "sweep", "generate", "serve", "evaluate", "inspect",
-    "inspect init", "plot", "plot norms", "plot circuits", "plot DIR", "convert", "facts", "facts build",
-    "facts show", "tool", "tool sql", "tool calculator", "tokenizer", "tokenizer train",
+    "inspect init", "plan", "plot", "plot norms", "plot circuits", "plot DIR", "convert", "facts",
+    "facts build", "facts show", "tool", "tool sql", "tool calculator", "tokenizer", "tokenizer train",
 ]  # fmt: skip
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -17,13 +16,13 @@ from toolmem.cli.inspect_recipe import (
     split_configs,
 )
 from toolmem.errors import ToolmemError
+from toolmem.units import bytes_of
 
 if TYPE_CHECKING:
     from toolmem.models import LanguageModel
     from toolmem.training.memory_plan import Layout, MemoryPlan, Step
 
 EXAMPLE = "toolmem plan --config recipes/smollm.yaml --devices 8 --memory 32GB"
-UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 # what Python, torch and CUDA hold, and what the allocator cannot use
 RESERVE = 0.08
 HALVES = {"16-mixed": "float16", "bf16-mixed": "bfloat16"}
@@ -73,7 +72,7 @@ def plan_changed(
     """The same, with some of the recipe's keys changed, by words and by further recipes."""
     if devices < 1:
         raise ToolmemError(f"devices is {devices}: it must be 1 or more")
-    limit = bytes_of(memory) * (1 - RESERVE)
+    limit = bytes_of(memory, "memory") * (1 - RESERVE)
     recipe = read_recipe(config, changes, more)
     made = planned(recipe, config, rows, seq_len, precision)
     found, refused = rows_of(made, devices, limit)
@@ -82,18 +81,6 @@ def plan_changed(
 
         write_json(json, {"parameters": count(made.model), "layouts": found, "refused": refused})
     show(made, found, refused, devices, memory, config)
-
-
-def bytes_of(text: str) -> float:
-    """``32GB`` as a number of bytes.
-
-    Raises:
-        ToolmemError: for what is no amount of memory.
-    """
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([a-zA-Z]+)\s*", text)
-    if match is None or match[2].upper() not in UNITS or float(match[1]) <= 0:
-        raise ToolmemError(f"memory is {text!r}: say it as 32GB or 80GiB")
-    return float(match[1]) * UNITS[match[2].upper()]
 
 
 def planned(

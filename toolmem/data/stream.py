@@ -19,6 +19,8 @@ from toolmem.data.batch import Batch
 from toolmem.errors import ToolmemError
 from toolmem.processes import end_with
 
+PATIENCE_S = 600.0  # with a worker that gives nothing: a cold remote file may take minutes
+
 
 class IndexedBatches(IterableDataset, ABC):
     """An endless stream whose batch number ``i`` depends on nothing but ``i`` and the settings.
@@ -81,23 +83,70 @@ def _end_with_training(worker: int) -> None:
         end_with(parent.pid)
 
 
-def make_loader(batches: IterableDataset, num_workers: int = 0) -> DataLoader:
+class _Watched:
+    """A loader's batches; when one does not come, it is told whose it was.
+
+    Args:
+        batches: of a DataLoader with workers, which takes one from each in turn.
+        n_workers: their number.
+        seconds: that one may take.
+    """
+
+    def __init__(self, batches: Any, n_workers: int, seconds: float) -> None:
+        self.batches = batches
+        self.n_workers = n_workers
+        self.seconds = seconds
+        self.taken = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        try:
+            batch: Batch = next(self.batches)
+        except RuntimeError as error:
+            if "timed out" not in str(error):
+                raise
+            worker = self.taken % self.n_workers
+            pid = self.batches._workers[worker].pid
+            raise ToolmemError(
+                f"data worker {worker} of {self.n_workers} (process {pid}) gave no batch for "
+                f"{self.seconds:g} s: a file system that hangs, or a batch that takes longer; look where it "
+                f"stands with `py-spy dump --pid {pid}`, set data.init_args.num_workers: 0 to make batches "
+                "in this process, or go on by --resume auto"
+            ) from error
+        self.taken += 1
+        return batch
+
+
+class _Loader(DataLoader):
+    def __iter__(self) -> Any:
+        batches = super().__iter__()
+        return _Watched(batches, self.num_workers, self.timeout) if self.num_workers else batches
+
+
+def make_loader(
+    batches: IterableDataset, num_workers: int = 0, patience_s: float = PATIENCE_S
+) -> DataLoader:
     """A DataLoader that hands the stream's batches through as they are.
 
     Args:
         batches: a stream of `Batch`es.
         num_workers: processes that make them; 0 makes them in this one.
+        patience_s: seconds without a batch after which a worker is taken to hang; then
+            iteration raises ``ToolmemError``, naming it.
 
     Raises:
         ToolmemError: for a negative number of processes.
     """
     if num_workers < 0:
         raise ToolmemError(f"data.init_args.num_workers is {num_workers}: it must be 0 or more")
-    return DataLoader(
+    return _Loader(
         batches,
         batch_size=None,
         collate_fn=_as_is,
         num_workers=num_workers,
         worker_init_fn=_end_with_training,
         pin_memory=torch.cuda.is_available(),
+        timeout=patience_s if num_workers else 0,
     )

@@ -25,6 +25,7 @@ __getattr__, __dir__, __all__ = attach(
         "Checkpointing": "toolmem.training.callbacks",
         "EMA": "toolmem.training.callbacks",
         "Flops": "toolmem.training.callbacks",
+        "Guard": "toolmem.training.callbacks",
         "KnowledgeProbe": "toolmem.training.callbacks",
         "MemoryUse": "toolmem.training.callbacks",
         "NormProbe": "toolmem.training.callbacks",

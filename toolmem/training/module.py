@@ -265,7 +265,8 @@ class LanguageModelModule(pl.LightningModule):
             from toolmem.training.parallel.layout import local
 
             found = [local(gradient) for gradient in found]
-        torch._foreach_mul_(found, factor)
+        if found:  # none of a step that Guard passes over
+            torch._foreach_mul_(found, factor)
 
     def _sum_to_mean(self) -> float | Tensor:
         ranks = self.ranks.data_size if self.ranks is not None else self.trainer.world_size

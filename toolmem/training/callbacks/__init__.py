@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = attach(
         "EMA": "toolmem.training.callbacks.ema",
         "Checkpointing": "toolmem.training.callbacks.checkpointing",
         "Flops": "toolmem.training.callbacks.flops",
+        "Guard": "toolmem.training.callbacks.guard",
         "KnowledgeProbe": "toolmem.training.callbacks.knowledge",
         "MemoryUse": "toolmem.training.callbacks.memory",
         "NormProbe": "toolmem.training.callbacks.norms",

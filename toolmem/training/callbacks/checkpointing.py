@@ -182,6 +182,10 @@ class Checkpointing(Checkpoint):
         """What was begun is written to its end."""
         self._wait(trainer)
 
+    def finish_writing(self, trainer: pl.Trainer) -> None:
+        """Wait until what was begun is written."""
+        self._wait(trainer)
+
     def _wait(self, trainer: pl.Trainer) -> None:
         if self._io is not None:
             self._io.writer.wait()
