@@ -55,10 +55,11 @@ def plan(
     Raises:
         ToolmemError: for a recipe that cannot be read, or a model that cannot be made.
     """
-    plan_changed(config, devices, memory, rows, seq_len, precision, json, {})
+    plan_recipe(read_recipe(config, {}), config, devices, memory, rows, seq_len, precision, json)
 
 
-def plan_changed(
+def plan_recipe(
+    recipe: Mapping[str, Any],
     config: str,
     devices: int,
     memory: str,
@@ -66,14 +67,11 @@ def plan_changed(
     seq_len: int | None,
     precision: str | None,
     json: str | None,
-    changes: Mapping[str, str],
-    more: Sequence[str] = (),
 ) -> None:
-    """The same, with some of the recipe's keys changed, by words and by further recipes."""
+    """The same, of a recipe that was read already."""
     if devices < 1:
         raise ToolmemError(f"devices is {devices}: it must be 1 or more")
     limit = bytes_of(memory, "memory") * (1 - RESERVE)
-    recipe = read_recipe(config, changes, more)
     made = planned(recipe, config, rows, seq_len, precision)
     found, refused = rows_of(made, devices, limit)
     if json is not None:
@@ -314,16 +312,8 @@ def main(command: str, argv: list[str]) -> int:
     words, more = split_configs(words)
 
     @functools.wraps(plan)
-    def changed(
-        config: str,
-        devices: int = 1,
-        memory: str = "32GB",
-        rows: int | None = None,
-        seq_len: int | None = None,
-        precision: str | None = None,
-        json: str | None = None,
-    ) -> None:
-        plan_changed(config, devices, memory, rows, seq_len, precision, json, changes, more)
+    def changed(config: str, **options: Any) -> None:
+        plan_recipe(read_recipe(config, changes, more), config, **options)
 
     call(changed, words, prog=f"toolmem {command}", example=EXAMPLE)
     return 0
