@@ -9,6 +9,8 @@ import pytest
 import torch
 from cli_toys import changed, write_config
 
+from toolmem import checkpoints
+
 # On a busy machine processes wait for each other long.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -66,8 +68,7 @@ def test_two_processes_by_the_command_line_are_one(toolmem, tmp_path):
         assert split[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
     file = two / "checkpoints" / "last.ckpt"
     weights, whole = (
-        torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-        for run in (two, one)
+        checkpoints.read(run / "checkpoints" / "last.ckpt")["state_dict"] for run in (two, one)
     )
     torch.testing.assert_close(weights, whole, atol=1e-5, rtol=0)
     done = toolmem(
