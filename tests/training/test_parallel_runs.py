@@ -7,6 +7,8 @@ import pytest
 import torch
 from parallel_cases import MODELS, Case, run_cases, train
 
+from toolmem import checkpoints
+
 # The first test of each fixture starts the processes; on a busy machine they wait for each other.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
@@ -120,8 +122,8 @@ def test_a_file_of_four_processes_is_gone_on_from_in_one(four, alone, files, nam
     file = files / f"{name}-four" / "step_2.ckpt"
     case = Case(name, optimizer=by, begin=str(file), **FEW)
     same(case, train(case), alone(case))
-    saved = torch.load(file, weights_only=True)
-    usual = torch.load(files / f"{name}-one" / "step_2.ckpt", weights_only=True)
+    saved = checkpoints.read(file)
+    usual = checkpoints.read(files / f"{name}-one" / "step_2.ckpt")
     assert saved["toolmem"] == usual["toolmem"]
     assert saved["state_dict"].keys() == usual["state_dict"].keys()
     for key, value in usual["state_dict"].items():
