@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor
 
@@ -16,6 +17,9 @@ from toolmem.checkpoints.background import BackgroundWriter, WhenBusy
 from toolmem.checkpoints.formats import write_flat
 from toolmem.checkpoints.state import Flat, flatten
 from toolmem.errors import ToolmemError
+
+# What a process that Lightning forked hands over to the one that forked it, which reads it by torch.load.
+HANDED_OVER = ".temp.ckpt"
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,9 @@ class AtomicCheckpointIO(CheckpointIO):
         Raises:
             ToolmemError: when the folder cannot be written or the disk is full.
         """
+        if Path(path).name == HANDED_OVER:
+            torch.save(checkpoint, path)
+            return
         self.save_flat(flatten(checkpoint), Path(path), storage_options or Saving())
         if storage_options is None and (error := self.writer.take_error()) is not None:
             raise error
