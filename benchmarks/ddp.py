@@ -111,12 +111,19 @@ def tokens_per_second(side: str, rows: int, steps: int) -> tuple[float, int]:
     return watch.tokens / (watch.ended - watch.began), sum(p.numel() for p in model.parameters())
 
 
-def work(rank: int, port: int, rounds: int, rows: int, steps: int, file: str) -> None:
+def work(
+    rank: int, turns: Any, rates: Any, port: int, rounds: int, rows: int, steps: int, file: str
+) -> None:
     """One of the two processes: takes part in every side of every round.
+
+    They take turns by a barrier that is no process group: with one, metrics of a process that trains by
+    itself would wait for the other's.
 
     Args:
         rank: 0 or 1.
-        port: where they meet.
+        turns: a barrier of both.
+        rates: what each found last.
+        port: where they meet in the first round, and so on.
         rounds: how often the sides take turns.
         rows: dialogues of each process.
         steps: of each.
@@ -127,24 +134,22 @@ def work(rank: int, port: int, rounds: int, rows: int, steps: int, file: str) ->
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
     os.sched_setaffinity(0, {cores()[rank]})
     torch.set_num_threads(1)
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0",
-    }  # fmt: skip
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
     measured: dict[str, list[float]] = {side: [] for side in SIDES}
     parameters = 0
-    for _ in range(rounds):
+    for number in range(rounds):
+        os.environ["MASTER_PORT"] = str(port + number)
         for side in SIDES:
-            dist.barrier()
-            rate = torch.zeros((), dtype=torch.float64)
+            turns.wait()
+            rates[rank] = 0.0
             if side != "one" or rank == 0:
-                found, parameters = tokens_per_second(side, rows, steps)
-                rate.fill_(found)
-            dist.all_reduce(rate)
-            measured[side].append(rate.item())
+                rates[rank], parameters = tokens_per_second(side, rows, steps)
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            turns.wait()
+            measured[side].append(rates[0] + rates[1])
     if rank == 0:
         torch.save({"measured": measured, "parameters": parameters}, file)
-    dist.destroy_process_group()
 
 
 def cores() -> list[int]:
@@ -160,7 +165,9 @@ def measure(quick: bool) -> dict[str, Any]:
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         file = f"{folder}/rates.pt"
-        multiprocessing.spawn(work, (port, rounds, rows, steps, file), nprocs=2)
+        context = multiprocessing.get_context("spawn")
+        shared = (context.Barrier(2, timeout=600), context.Array("d", 2))
+        multiprocessing.spawn(work, (*shared, port, rounds, rows, steps, file), nprocs=2)
         found = torch.load(file, weights_only=True)
     rates = found["measured"]
 
