@@ -10,7 +10,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from toolmem.data.tokenizers import ROLE_TOKENS
+from toolmem.data.chat_format import ChatFormat
+from toolmem.data.chat_template import ChatTemplate, chat_format
+from toolmem.data.tokenizers import ROLE_TOKENS, tokenizer_from_spec
+from toolmem.data.turn_format import TurnFormat
 from toolmem.errors import ToolmemError
 from toolmem.files import atomic_path
 
@@ -22,22 +25,28 @@ class HFTokenizer:
     """A tokenizer of the `tokenizers` library, with role tokens.
 
     Role tokens that its vocabulary lacks get the ids that follow it. Special tokens in text are
-    encoded as the plain text they are.
+    encoded as the plain text they are. A pretrained model's tokenizer (``chat``) keeps its vocabulary as it
+    is: its dialogues have the form of the model's chat template.
 
     Args:
         definition: the content of a ``tokenizer.json``.
         role_tokens: role name -> the token that plays it, where it differs from `ROLE_TOKENS`
-            (``{"end": "<|endoftext|>"}``).
+            (``{"end": "<|endoftext|>"}``); of a pretrained model ``end`` alone, which parts documents.
+        chat: what `pretrained` makes of a chat template.
 
     Raises:
         ToolmemError: when ``definition`` is no tokenizer.
     """
+
+    turns: TurnFormat | None = None
+    without_turns = ""  # why there are none
 
     def __init__(
         self,
         definition: str,
         role_tokens: Mapping[str, str] | None = None,
         *,
+        chat: Mapping[str, Any] | None = None,
         source: str = "the given tokenizer",
     ) -> None:
         from tokenizers import Tokenizer as Backend
@@ -60,7 +69,9 @@ class HFTokenizer:
         self._backend.no_truncation()
         self._backend.encode_special_tokens = True
         self._byte_level = _has_byte_level(described.get("decoder"))
-        self.role_tokens: dict[str, str] = {**ROLE_TOKENS, **(role_tokens or {})}
+        self.chat = None if chat is None else dict(chat)
+        self.role_tokens: dict[str, str] = dict(ROLE_TOKENS if chat is None else {})
+        self.role_tokens |= role_tokens or {}
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(vocabulary.values(), default=-1) + 1
         self.role_ids: dict[str, int] = {}
@@ -70,7 +81,101 @@ class HFTokenizer:
                 self.vocab_size += 1
             self.role_ids[role] = vocabulary[token]
         self._role_texts = {self.role_ids[role]: token for role, token in self.role_tokens.items()}
-        self._role_pattern = re.compile("|".join(re.escape(t) for t in self._role_texts.values()))
+        if self.chat is not None:
+            self._take_chat(self.chat)
+        texts = map(re.escape, self._role_texts.values())
+        self._role_pattern = re.compile("|".join(texts) or "(?!)")
+
+    def _take_chat(self, chat: Mapping[str, Any]) -> None:
+        """Have the turns of a chat template, if it gave any."""
+        self.without_turns = str(chat.get("refused") or "")
+        if chat.get("format") is not None:
+            turns = ChatFormat.from_spec(chat["format"], self.decode)
+            for token in turns.guarding:
+                text = self._backend.id_to_token(token)
+                if text is None:
+                    raise ToolmemError(
+                        f"a tokenizer's chat format names token {token}, which it lacks"
+                    )
+                self._role_texts[token] = text
+            self.turns = turns
+
+    @classmethod
+    def pretrained(
+        cls,
+        definition: str,
+        chat_template: str | None,
+        special_tokens: Mapping[str, str],
+        *,
+        system: str | None = None,
+        source: str = "the given tokenizer",
+    ) -> HFTokenizer:
+        """A pretrained model's tokenizer: its vocabulary as it is, dialogues as its chat template has them.
+
+        Args:
+            definition: the content of a ``tokenizer.json``.
+            chat_template: the model's, in Jinja; None for a model that has none.
+            special_tokens: ``bos_token``, ``eos_token`` and the like, as text.
+            system: what the system says first; None for what the template says by itself.
+            source: for messages.
+
+        Raises:
+            ToolmemError: when ``definition`` is no tokenizer, or for a system's message that the template
+                does not take. A template without a form here is kept, and refused where a dialogue is
+                to be written.
+        """
+        chat: dict[str, Any] = {
+            "template": chat_template,
+            "special_tokens": dict(special_tokens),
+            "system": system,
+            "format": None,
+            "refused": "the model has no chat template" if chat_template is None else "",
+        }
+        plain = cls(definition, chat=chat, source=source)
+        known = plain._backend.get_vocab(with_added_tokens=True)
+        ends = ("<|endoftext|>", special_tokens.get("eos_token"), special_tokens.get("bos_token"))
+        end = next((token for token in ends if token in known), None)
+        if chat_template is not None:
+            try:
+                template = ChatTemplate(chat_template, special_tokens, system)
+                chat["format"] = plain._format_of(template).spec()
+            except ToolmemError as error:
+                if system is not None:
+                    raise
+                chat["refused"] = str(error)
+        return cls(definition, {} if end is None else {"end": end}, chat=chat, source=source)
+
+    def _format_of(self, template: ChatTemplate) -> ChatFormat:
+        def encode_marks(text: str) -> list[int]:
+            self._backend.encode_special_tokens = False
+            try:
+                return list(self._backend.encode(text, add_special_tokens=False).ids)
+            finally:
+                self._backend.encode_special_tokens = True
+
+        added = self._backend.get_added_tokens_decoder()
+        special = {i for i, token in added.items() if token.special}
+        return chat_format(template, self.encode, encode_marks, special, self.decode)
+
+    def with_system(self, system: str | None) -> HFTokenizer:
+        """The same tokenizer whose dialogues open with another system's message.
+
+        Args:
+            system: what it says; None for what the chat template says by itself.
+
+        Raises:
+            ToolmemError: where there is no chat template, or it takes none.
+        """
+        if self.chat is None or self.chat["template"] is None:
+            raise ToolmemError(
+                "a system's message needs a pretrained model's chat template, and this tokenizer has none: "
+                "leave it out"
+            )
+        if system == self.chat["system"]:
+            return self
+        return self.pretrained(
+            self._definition, self.chat["template"], self.chat["special_tokens"], system=system
+        )
 
     @classmethod
     def from_file(
@@ -96,7 +201,7 @@ class HFTokenizer:
         return cls(definition, role_tokens, source=str(path))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (HFTokenizer, (self._definition, self.role_tokens))
+        return tokenizer_from_spec, (self.spec(),)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``; never a role token's."""
@@ -195,7 +300,8 @@ class HFTokenizer:
 
     def spec(self) -> dict[str, Any]:
         """The whole definition, so that a checkpoint needs no file beside it."""
-        return {"type": "hf", "json": self._definition, "role_tokens": dict(self.role_tokens)}
+        spec = {"type": "hf", "json": self._definition, "role_tokens": dict(self.role_tokens)}
+        return spec if self.chat is None else {**spec, "chat": self.chat}
 
 
 def train_tokenizer(

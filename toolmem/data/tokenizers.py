@@ -181,7 +181,7 @@ def tokenizer_from_spec(spec: Mapping[str, Any]) -> Tokenizer:
     if kind == "hf":
         from toolmem.data.hf_tokenizer import HFTokenizer
 
-        return HFTokenizer(spec["json"], spec["role_tokens"])
+        return HFTokenizer(spec["json"], spec["role_tokens"], chat=spec.get("chat"))
     raise ToolmemError(
         f"unknown tokenizer type {kind!r} (known: byte, symbols, hf): the checkpoint was written "
         "by another version of toolmem"
