@@ -1,0 +1,161 @@
+"""Log-likelihoods with shared prefixes against whole rows run alone, in float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from toolmem.data.tokenizers import ByteTokenizer
+from toolmem.errors import ToolmemError
+from toolmem.evaluation.scoring import (
+    Pair,
+    Scorer,
+    encode_pair,
+    first_token,
+    fitted,
+    shared_beginning,
+)
+from toolmem.models import RNN, Hybrid, Mamba, Mamba2, MoETransformer, Transformer
+
+VOCAB = 23
+SMALL = {"vocab_size": VOCAB, "max_seq_len": 64, "dim": 16, "n_layers": 2}
+MODELS = {
+    "transformer": lambda: Transformer(**SMALL, n_heads=2, n_kv_heads=1),
+    "window": lambda: Transformer(**SMALL, n_heads=2, window=5),
+    "prefix": lambda: Transformer(**SMALL, n_heads=2, attention_mask="prefix"),
+    "moe": lambda: MoETransformer(**SMALL, n_heads=2, n_experts=4),
+    "mamba": lambda: Mamba(**SMALL),
+    "mamba2": lambda: Mamba2(**SMALL, head_dim=16),
+    "rnn": lambda: RNN(**SMALL),
+    "hybrid": lambda: Hybrid(
+        **SMALL,
+        pattern=["mamba2", "attention"],
+        mixers={"mamba2": {"head_dim": 16}, "attention": {"n_heads": 2}},
+    ),
+}
+
+
+def made(name):
+    torch.manual_seed(3)
+    return MODELS[name]().eval()
+
+
+def pairs_of(seed=0, n=12, trunk=10):
+    """Contexts on a common trunk, some of them twice, continuations of which some begin alike."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def some(low, high):
+        length = int(torch.randint(low, high, (1,), generator=draw))
+        return tuple(torch.randint(0, VOCAB, (length,), generator=draw).tolist())
+
+    beginning = some(trunk, trunk + 1) if trunk else ()
+    pairs = []
+    for _ in range(n):
+        context, stem = beginning + some(1, 9), some(1, 3)
+        pairs += [Pair(context, stem + some(0, 4)) for _ in range(3)]
+        pairs.append(Pair(context, some(1, 2)))
+    return [*pairs, pairs[0], Pair(beginning + (1,), (2,))]
+
+
+def plainly(model, pair):
+    """One row, whole, no cache, in float64."""
+    tokens = torch.tensor([pair.context + pair.continuation])
+    spans = None
+    if model.attention_mask == "prefix":
+        spans = torch.full_like(tokens, -1)
+        spans[:, : len(pair.context)] = 0
+    with torch.no_grad():
+        logits = model.double()(tokens[:, :-1], spans=None if spans is None else spans[:, :-1])
+    scores = logits[0].log_softmax(-1)[len(pair.context) - 1 :]
+    targets = torch.tensor(pair.continuation)
+    greedy = bool((scores.argmax(-1) == targets).all())
+    return scores.gather(1, targets[:, None])[:, 0].tolist(), greedy
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_equal_to_whole_rows_alone(name):
+    pairs = pairs_of()
+    scorer = Scorer(made(name))
+    scorer.share(pairs)
+    found = scorer.score(pairs)
+    model = made(name)
+    for pair, likelihood in zip(pairs, found, strict=True):
+        log_probs, greedy = plainly(model, pair)
+        assert likelihood.log_probs == pytest.approx(log_probs, abs=2e-5)
+        assert likelihood.greedy == greedy
+        assert likelihood.total == pytest.approx(sum(log_probs), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["transformer", "moe", "mamba"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_invariant_is_the_same_to_the_bit_in_any_company(name, threads):
+    torch.set_num_threads(threads)
+    pairs = pairs_of(seed=1)
+    scorer = Scorer(made(name), invariant=True)
+    scorer.share(pairs)
+    together = scorer.score(pairs)
+    alone = list(itertools.chain.from_iterable(scorer.score([pair]) for pair in pairs))
+    assert together == alone
+
+
+def test_what_is_shared_is_read_once():
+    model = made("transformer")
+    pairs = pairs_of(trunk=30)
+    read = []
+    model.blocks[0].register_forward_pre_hook(lambda _, given: read.append(given[0].shape[:2]))
+    scorer = Scorer(model)
+    scorer.share(pairs)
+    scorer.score(pairs)
+    padded = sum(rows * width for rows, width in read)
+    alone = sum(len(pair.context) + len(pair.continuation) - 1 for pair in pairs)
+    contexts = {pair.context for pair in pairs}
+    assert padded < alone / 4
+    assert padded < 30 + sum(len(c) - 30 for c in contexts) + 3 * sum(
+        len(pair.continuation) - 1 for pair in pairs
+    )
+
+
+def test_the_head_is_asked_where_it_is_scored():
+    model = made("transformer")
+    asked = []
+    model.head.register_forward_pre_hook(lambda _, given: asked.append(len(given[0])))
+    pairs = [Pair((1, 2, 3, 4), (5, 6)), Pair((1, 2, 3, 4), (7,))]
+    Scorer(model).score(pairs)
+    assert sum(asked) == 3
+
+
+@pytest.mark.parametrize(
+    ("contexts", "shared"),
+    [
+        ([(1, 2, 3), (1, 2, 4)], 2),
+        ([(1, 2), (1, 2, 4)], 1),
+        ([(1, 2, 3)], 2),
+        ([(3,), (4,)], 0),
+        ([], 0),
+    ],
+)
+def test_shared_beginning(contexts, shared):
+    assert shared_beginning(contexts) == shared
+
+
+def test_pairs_are_cut_as_in_the_harness():
+    tokenizer = ByteTokenizer()
+    pair = encode_pair(tokenizer, "one two  ", "three")
+    assert tokenizer.decode(pair.context) == "one two"
+    assert tokenizer.decode(pair.continuation) == "  three"
+    assert encode_pair(tokenizer, "", "x", first_token(tokenizer)).context == (259,)
+    assert encode_pair(tokenizer, " ", "x", 7) == Pair((7,), (32, 120))
+    with pytest.raises(ToolmemError, match="context is empty"):
+        encode_pair(tokenizer, "", "x")
+    with pytest.raises(ToolmemError, match="nothing to score"):
+        encode_pair(tokenizer, "a", "")
+
+
+def test_a_long_context_loses_its_beginning():
+    pair = Pair(tuple(range(10)), (1, 2, 3))
+    assert fitted(pair, 12) == pair
+    assert fitted(pair, 8) == Pair((4, 5, 6, 7, 8, 9), (1, 2, 3))
+    with pytest.raises(ToolmemError, match="max_seq_len"):
+        fitted(pair, 2)
