@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from toolmem.analysis.bootstrap import chance_of_largest
+from toolmem.evaluation.bootstrap import chance_of_largest
 from toolmem.analysis.pictures import (
     GREY,
     STYLES,

@@ -18,7 +18,7 @@ from itertools import pairwise
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from toolmem.analysis.bootstrap import mean_interval
+from toolmem.evaluation.bootstrap import mean_interval
 from toolmem.analysis.pictures import GREY, finite, legend_below, new_figure, style, tidy
 from toolmem.analysis.report import Panel, Table
 from toolmem.analysis.sources import Row, Source, SweepSource

@@ -8,7 +8,12 @@ from statistics import fmean
 import numpy as np
 import pytest
 
-from toolmem.analysis.bootstrap import chance_of_largest, mean_interval, mean_resamples
+from toolmem.evaluation.bootstrap import (
+    chance_of_largest,
+    mean_interval,
+    mean_resamples,
+    sum_resamples,
+)
 
 
 def test_resamples_against_all_of_them():
@@ -35,3 +40,17 @@ def test_how_often_a_group_is_the_largest():
     found = chance_of_largest([first, second], 40_000)
     assert found == pytest.approx([ahead, 1 - ahead], abs=0.01)
     assert chance_of_largest([[1.0], [1.0], [0.0]]) == pytest.approx([0.5, 0.5, 0.0])
+
+
+def test_sums_of_rows_drawn_together(monkeypatch):
+    """The ratio of two columns, whose rows stay together; in parts as at once."""
+    columns = np.array([[1.0, 1.0], [6.0, 3.0], [2.0, 4.0]])
+    every = {
+        tuple(columns[list(draw)].sum(axis=0)) for draw in itertools.product(range(3), repeat=3)
+    }
+    sums = sum_resamples(columns, 20_000, seed=1)
+    assert {tuple(row) for row in sums} == every
+    means = mean_resamples(columns[:, 0].tolist(), 20_000, seed=1)
+    assert sums[:, 0] / 3 == pytest.approx(means)
+    monkeypatch.setattr("toolmem.evaluation.bootstrap.CHUNK", 50)
+    assert np.array_equal(sum_resamples(columns, 20_000, seed=1), sums)

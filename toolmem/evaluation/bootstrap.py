@@ -10,6 +10,31 @@ from collections.abc import Sequence
 import numpy as np
 
 RESAMPLES = 10_000
+CHUNK = 1 << 22  # draws held at once
+
+
+def sum_resamples(columns: np.ndarray, n: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+    """Sums over resampled rows: any function of them (a mean, a ratio, a difference) is resampled so.
+
+    Args:
+        columns: (k, m), of k examples, one at least.
+        n: resamples.
+        seed: of the draws: the same one, the same rows drawn.
+
+    Returns:
+        (n, m) float64.
+    """
+    found = np.asarray(columns, np.float64)
+    draws = np.random.default_rng(seed)
+    sums = np.empty((n, found.shape[1]))
+    step = max(1, CHUNK // len(found))
+    for start in range(0, n, step):
+        stop = min(n, start + step)
+        drawn = draws.integers(len(found), size=(stop - start, len(found)))
+        drawn += len(found) * np.arange(stop - start)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=(stop - start) * len(found))
+        sums[start:stop] = counts.reshape(stop - start, len(found)) @ found
+    return sums
 
 
 def mean_resamples(values: Sequence[float], n: int = RESAMPLES, seed: int = 0) -> np.ndarray:
@@ -28,6 +53,18 @@ def mean_resamples(values: Sequence[float], n: int = RESAMPLES, seed: int = 0) -
     return found[drawn].mean(axis=1)
 
 
+def percentile_interval(resamples: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """The middle of resamples.
+
+    Args:
+        resamples: (n,).
+        level: share of them in it.
+    """
+    tail = 50 * (1 - level)
+    low, high = np.percentile(resamples, [tail, 100 - tail])
+    return float(low), float(high)
+
+
 def mean_interval(
     values: Sequence[float], level: float = 0.95, n: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
@@ -39,9 +76,7 @@ def mean_interval(
         n: resamples.
         seed: of the draws.
     """
-    tail = 50 * (1 - level)
-    low, high = np.percentile(mean_resamples(values, n, seed), [tail, 100 - tail])
-    return float(low), float(high)
+    return percentile_interval(mean_resamples(values, n, seed), level)
 
 
 def chance_of_largest(
