@@ -17,6 +17,7 @@ from toolmem.checkpoints import LoadedCheckpoint
 from toolmem.data.dialogues import Dialogue, TemplateSet
 from toolmem.data.factbase import Factbase
 from toolmem.data.text.token_table import prompt_tokens
+from toolmem.data.turn_format import turn_format
 from toolmem.errors import ToolmemError
 from toolmem.generation import Engine, Generated, Greedy, Ranks, Request, Sampler, generate, stream
 from toolmem.generation.reference import check_all
@@ -107,10 +108,12 @@ class Run:
 
     def prompt(self, question: str) -> list[int]:
         """A question's tokens, up to where the assistant begins to speak."""
-        if not self.tokenizer.role_ids:
+        try:
+            turn_format(self.tokenizer)
+        except ToolmemError as error:
             raise ToolmemError(
-                f"{self.checkpoint.path} was not trained on dialogues: it takes no question"
-            )
+                f"{self.checkpoint.path} was not trained on dialogues: it takes no question ({error})"
+            ) from error
         return prompt_tokens(question, self.tokenizer)
 
     def ask(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from toolmem.data.turn_format import (
     ASSISTANT,
-    NEVER,
+    NO_TOKEN,
     ORDER,
     OVER,
     ROLE_CODES,
@@ -94,7 +94,7 @@ class ChatFormat:
     call_form: CallForm = CallForm()
     decode: Callable[[Sequence[int]], str] | None = field(default=None, compare=False, repr=False)
 
-    call = reopens = NEVER
+    call = reopens = NO_TOKEN
 
     @classmethod
     def from_spec(
@@ -133,6 +133,11 @@ class ChatFormat:
     def end(self) -> int:
         """The token by which the assistant ends its turn."""
         return self.between["assistant>user"][0]
+
+    @property
+    def around_call(self) -> tuple[str, str]:
+        """What is written before and behind a query."""
+        return self.call_form.prefix, self.call_form.suffix
 
     @cached_property
     def guarding(self) -> frozenset[int]:

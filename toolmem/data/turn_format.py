@@ -4,9 +4,9 @@ Two forms, behind one protocol:
 
 - `RoleTokens`, of models trained here: one token a turn, ``<|user|>`` question ``<|assistant|>`` answer
   ``<|end|>``. The assistant calls a tool by writing ``<|database|>`` itself.
-- `ChatFormat` (``chat_format.py``), of pretrained chat models: marks of several tokens, taken from the model's own chat template
-  (``chat_template.py``). The assistant ends every turn by the same token, and a turn is a call where its
-  text says so (``<tool_call>…</tool_call>``).
+- `ChatFormat` (``chat_format.py``), of pretrained chat models: marks of several tokens, taken from the
+  model's own chat template (``chat_template.py``). The assistant ends every turn by the same token, and a
+  turn is a call where its text says so (``<tool_call>…</tool_call>``).
 
 What the assistant does not write (a question, a tool's answer, the marks around them) is never for it to
 learn: in both forms a mark belongs to whoever speaks before it, save that the assistant writes no more than
@@ -23,7 +23,7 @@ from toolmem.errors import ToolmemError
 NONE, USER, ASSISTANT, DATABASE = range(4)
 ROLE_CODES = {"user": USER, "assistant": ASSISTANT, "database": DATABASE}
 START, OVER = "", "end"  # what is before the first turn, and behind the last
-NEVER = -1  # in place of a token id that there is none of
+NO_TOKEN = -1  # in place of a token id that there is none of
 # who speaks -> who may speak after
 ORDER = (
     (START, "user"), ("user", "assistant"), ("assistant", "user"), ("assistant", "database"),
@@ -63,6 +63,7 @@ class TurnFormat(Protocol):
         call: the token by which it ends a turn that is a call; -1 where it is ``end``, and the turn's text
             says that it is one.
         reopens: a token that begins the assistant's turn anew when the assistant writes it; -1 for none.
+        around_call: what is written before and behind a query.
     """
 
     @property
@@ -73,6 +74,9 @@ class TurnFormat(Protocol):
 
     @property
     def reopens(self) -> int: ...  # noqa: D102
+
+    @property
+    def around_call(self) -> tuple[str, str]: ...  # noqa: D102
 
     @property
     def answered(self) -> Answered:
@@ -136,7 +140,7 @@ class RoleTokens:
         role_ids: role name -> id.
     """
 
-    reopens: int
+    around_call = ("", "")
 
     def __init__(self, role_ids: Mapping[str, int]) -> None:
         self.role_ids = role_ids

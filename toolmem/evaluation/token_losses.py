@@ -25,12 +25,13 @@ import numpy as np
 import torch
 
 from toolmem.data.text.dialog_tokens import DialogTokenGenerator
-from toolmem.data.text.token_table import TokenTable, opening_marks
+from toolmem.data.text.token_table import TokenTable
+from toolmem.data.turn_format import ASSISTANT, NO_TOKEN, OVER, START, TurnFormat, turn_format
 from toolmem.errors import ToolmemError
 from toolmem.evaluation.forcing import forced
 
 if TYPE_CHECKING:
-    from toolmem.data.dialogues import Dialogue, Turn
+    from toolmem.data.dialogues import Dialogue
     from toolmem.data.tokenizers import Tokenizer
     from toolmem.models import LanguageModel
 
@@ -66,12 +67,11 @@ def token_kinds(dialogue: Dialogue, tokenizer: Tokenizer) -> np.ndarray:
     """
     kinds: list[int] = []
     said: dict[str, dict[str, int]] = {"key": {}, "text": {}}  # of fields -> kind of a copy
-    before = "user"
-    following = [turn.role for turn in dialogue.turns[1:]] + ["end"]
+    form, before = turn_format(tokenizer), START
+    following = [turn.role for turn in dialogue.turns[1:]] + [OVER]
     for turn, after in zip(dialogue.turns, following, strict=True):
-        for token, _ in opening_marks(before, turn.role, tokenizer):
-            called = token == tokenizer.role_ids["database"]
-            kinds.append((QUERY if called else OTHER) if before == "assistant" else FOREIGN)
+        own = QUERY if turn.role == "database" else OTHER
+        kinds += _of_marks(form, before, turn.role, own)
         mine = turn.role == "assistant"
         base = (QUERY if after == "database" else OTHER) if mine else FOREIGN
         letters = np.full(len(_utf8(turn.text)), base, np.int8)
@@ -84,10 +84,31 @@ def token_kinds(dialogue: Dialogue, tokenizer: Tokenizer) -> np.ndarray:
                 copy = NAME if turn.role == "user" else COPIED
                 said["key"].setdefault(key, copy)
                 said["text"].setdefault(text, copy)
-        kinds += _by_token(letters, base, turn, tokenizer)
+        text = turn.text
+        if mine and after == "database" and form.call == NO_TOKEN:
+            text, letters = _as_call(turn.text, letters, base, form)
+        kinds += _by_token(letters, base, text, tokenizer)
         before = turn.role
-    kinds.append(OTHER if before == "assistant" else FOREIGN)
+    kinds += _of_marks(form, before, OVER, OTHER)
     return np.array(kinds, np.int8)
+
+
+def _of_marks(form: TurnFormat, before: str, after: str, own: int) -> list[int]:
+    """The kinds of the tokens between two turns: ``own`` of what the assistant writes."""
+    return [own if code == ASSISTANT else FOREIGN for _, code in form.marks(before, after)]
+
+
+def _as_call(text: str, letters: np.ndarray, base: int, form: TurnFormat) -> tuple[str, np.ndarray]:
+    """A query as it is written, and the kind of each of its bytes."""
+    prefix, suffix = form.around_call
+    kinds, at = [base] * len(_utf8(prefix)), 0
+    for letter in text:
+        size = len(_utf8(letter))
+        written = form.written(letter, True)[len(prefix) :].removesuffix(suffix)
+        kinds += [int(letters[at])] * len(_utf8(written))
+        at += size
+    kinds += [base] * len(_utf8(suffix))
+    return form.written(text, True), np.array(kinds, np.int8)
 
 
 def _origin(key: str, text: str, said: dict[str, dict[str, int]]) -> int:
@@ -102,16 +123,16 @@ def _utf8(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-def _by_token(letters: np.ndarray, base: int, turn: Turn, tokenizer: Tokenizer) -> list[int]:
-    """The kind of each token of a turn, from that of each byte."""
-    ids = tokenizer.encode(turn.text)
+def _by_token(letters: np.ndarray, base: int, text: str, tokenizer: Tokenizer) -> list[int]:
+    """The kind of each token of a turn's text, from that of each byte."""
+    ids = tokenizer.encode(text)
     pieces = [tokenizer.decode_bytes([token]) for token in ids]
     ends = list(itertools.accumulate(map(len, pieces)))
-    if b"".join(pieces) != _utf8(turn.text):  # ids that say something else alone than together
+    if b"".join(pieces) != _utf8(text):  # ids that say something else alone than together
         ends = [len(tokenizer.decode_bytes(ids[: n + 1])) for n in range(len(ids))]
-    if tokenizer.decode_bytes(ids) != _utf8(turn.text):
+    if tokenizer.decode_bytes(ids) != _utf8(text):
         raise ToolmemError(
-            f"token losses: the tokenizer changes {turn.text!r}, so that its tokens cannot be told apart: "
+            f"token losses: the tokenizer changes {text!r}, so that its tokens cannot be told apart: "
             "use one that gives text back as it was"
         )
     kinds = []

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from toolmem.data.turn_format import NO_TOKEN, turn_format
 from toolmem.errors import ToolmemError
 from toolmem.generation.sampling import History
 
@@ -38,7 +39,8 @@ class GrammarConstraint:
         regex: a regular expression (Rust's syntax) that the whole turn matches; or
         json_schema: a JSON schema that it obeys; or
         lark: a context-free grammar in llguidance's variant of Lark's syntax.
-        stop: roles whose token may end the turn once the grammar is satisfied.
+        stop: roles whose token may end the turn once the grammar is satisfied; a pretrained model's chat
+            format has ``end`` alone.
         turns: constrain only the first so many turns that the assistant writes; None for all.
 
     Raises:
@@ -141,7 +143,8 @@ def query_constraint(
     """The assistant's first turn is a query of the database tool: ``FIND attribute FOR name``.
 
     Args:
-        tokenizer: as for ``GrammarConstraint``; ``<|database|>`` ends the query.
+        tokenizer: as for ``GrammarConstraint``; ``<|database|>`` ends the query, or in a pretrained
+            model's chat format the end of a turn that is a call.
         attributes: that may be asked for (``SqlTool.attributes``).
         names: that may be asked about; None for any line of text.
         turns: constrain the first so many turns; 1 leaves what follows the first answer free.
@@ -158,8 +161,13 @@ def query_constraint(
         if not choices:
             raise ToolmemError(f"{key} is empty: a query needs at least one")
         parts.append(f"({'|'.join(choices)})")
-    regex = f"FIND {parts[0]} FOR {parts[1]}"
-    return GrammarConstraint(tokenizer, regex=regex, stop=("database",), turns=turns)
+    form = turn_format(tokenizer)
+    if form.call != NO_TOKEN:
+        regex = f"FIND {parts[0]} FOR {parts[1]}"
+        return GrammarConstraint(tokenizer, regex=regex, stop=("database",), turns=turns)
+    before, after = (SPECIAL.sub(r"\\\g<0>", text) for text in form.around_call)
+    regex = f"{before}FIND {parts[0]} FOR {parts[1]}{after}"
+    return GrammarConstraint(tokenizer, regex=regex, turns=turns)
 
 
 def _library() -> Any:
@@ -180,7 +188,7 @@ class _Words:
     def __init__(self, tokenizer: Tokenizer, stop: int) -> None:
         self.eos_token_id = stop
         self.tokens = [tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size)]
-        self.special_token_ids = list(tokenizer.role_ids.values())
+        self.special_token_ids = sorted({stop, *tokenizer.role_ids.values()})
         self._tokenizer = tokenizer
 
     def __call__(self, text: str | bytes) -> list[int]:
@@ -192,9 +200,11 @@ def _vocabulary(tokenizer: Tokenizer, stop: Sequence[str]) -> Any:
     """Llguidance's view of a tokenizer in which these roles' tokens end a text."""
     if not stop:
         raise ToolmemError("stop is empty: a constrained turn needs a role token to end with")
-    unknown = [role for role in stop if role not in tokenizer.role_ids]
+    turns = getattr(tokenizer, "turns", None)
+    ids = dict(tokenizer.role_ids) if turns is None else {"end": turns.end}
+    unknown = [role for role in stop if role not in ids]
     if unknown:
-        known = ", ".join(tokenizer.role_ids) or "none"
+        known = ", ".join(ids) or "none"
         raise ToolmemError(f"stop names the role {unknown[0]!r} (this tokenizer has: {known})")
     sample = 'FIND city FOR Zoë  {"a": 1}'
     pieces = [tokenizer.decode_bytes([i]) for i in tokenizer.encode(sample)]
@@ -204,6 +214,6 @@ def _vocabulary(tokenizer: Tokenizer, stop: Sequence[str]) -> Any:
             "byte-level BPE (`toolmem tokenizer train` makes one)"
         )
     library = _library()
-    ends = [tokenizer.role_ids[role] for role in stop]
+    ends = [ids[role] for role in stop]
     words = library.TokenizerWrapper(_Words(tokenizer, ends[0]))
     return library.LLTokenizer(words, eos_token=ends)

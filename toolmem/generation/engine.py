@@ -19,12 +19,13 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from toolmem.data.turn_format import turn_format
 from toolmem.errors import ToolmemError
 from toolmem.generation.invariance import check_invariant, row_independent
 from toolmem.generation.lanes import Lane
 from toolmem.generation.lifecycle import Stats
 from toolmem.generation.paging import Branch, Pager
-from toolmem.generation.reference import Generated, check_prompt, evaluating, token_roles
+from toolmem.generation.reference import Generated, check_prompt, evaluating
 from toolmem.generation.requests import EngineFull, Handle, Request
 from toolmem.generation.scheduler import Scheduler
 from toolmem.generation.speculative import Drafter
@@ -264,7 +265,7 @@ class Engine:
         """
         check_prompt(self.model, prompt)
         tokens = list(prompt)
-        roles = token_roles(tokens, self.tokenizer.role_ids)
+        roles = turn_format(self.tokenizer).codes(tokens)
         dialogue = Generated(tokens, roles, [math.nan] * len(tokens), "length", [], len(tokens))
         with self._lock:
             return Node(self, dialogue, self.pager.new())

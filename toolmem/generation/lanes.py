@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from toolmem.generation.reference import FinishReason, Generated, foreign_spans, token_roles
+from toolmem.data.turn_format import turn_format
+from toolmem.generation.reference import FinishReason, Generated, foreign_spans
 from toolmem.generation.requests import Handle, Request
 from toolmem.generation.sampling import History, Sampler
 from toolmem.generation.turns import ASSISTANT, DATABASE
@@ -76,12 +77,14 @@ class Lanes:
     """The columns.
 
     Args:
-        tokenizer: has the role tokens.
+        tokenizer: has a form for dialogues.
         max_seq_len: tokens that a dialogue can have.
     """
 
     def __init__(self, tokenizer: Tokenizer, max_seq_len: int) -> None:
         self.tokenizer = tokenizer
+        self.form = turn_format(tokenizer)
+        self._reopens = self.form.reopens
         self.max_seq_len = max_seq_len
         n, width = 16, min(256, max_seq_len)
         self.tokens = np.zeros((n, width), dtype=np.int64)
@@ -90,7 +93,7 @@ class Lanes:
         self.length = np.zeros(n, dtype=np.int64)
         self.written = np.zeros(n, dtype=np.int64)
         self.max_written = np.zeros(n, dtype=np.int64)
-        self.turn_start = np.zeros(n, dtype=np.int64)  # behind the last <|assistant|>
+        self.turn_start = np.zeros(n, dtype=np.int64)  # of the assistant's text
         self.row = np.full(n, -1, dtype=np.int64)  # in the pager's tables, while running
         self.sampler = np.zeros(n, dtype=np.int64)  # its number among ``samplers``
         self.uniform = np.zeros((n, BLOCK), dtype=np.float64)
@@ -104,7 +107,8 @@ class Lanes:
         """Give a lane its row, and its prompt."""
         request = lane.request
         prompt = np.asarray(request.prompt, dtype=np.int64)
-        roles, n = token_roles(prompt.tolist(), self.tokenizer.role_ids), len(prompt)
+        listed, n = prompt.tolist(), len(prompt)
+        roles, turn_start = self.form.codes(listed), self.form.turn_start(listed)
         if request.sampler.random:
             lane.generator = torch.Generator().manual_seed(request.seed)
         sampler = self._sampler_number(request.sampler)
@@ -119,8 +123,7 @@ class Lanes:
         self.length[i] = n
         self.written[i] = 0
         self.max_written[i] = request.max_new_tokens
-        starts = np.flatnonzero(prompt == self.tokenizer.role_ids["assistant"])
-        self.turn_start[i] = starts[-1] + 1 if len(starts) else 0
+        self.turn_start[i] = turn_start
         self.row[i] = -1
         self.sampler[i] = sampler
         self.stops[i] = bool(request.stop_tokens or request.stop_strings)
@@ -174,7 +177,7 @@ class Lanes:
         self.log_probs[lanes, places] = log_probs
         self.length[lanes] = places + 1
         self.written[lanes] += 1
-        new_turn = lanes[tokens == self.tokenizer.role_ids["assistant"]]
+        new_turn = lanes[tokens == self._reopens]
         self.turn_start[new_turn] = self.length[new_turn]
 
     def write_many(self, lane: Lane, tokens: np.ndarray, log_probs: np.ndarray) -> None:
@@ -193,12 +196,12 @@ class Lanes:
         self.log_probs[i, start:stop] = log_probs
         self.length[i] = stop
         self.written[i] += len(tokens)
-        turns = np.flatnonzero(tokens == self.tokenizer.role_ids["assistant"])
+        turns = np.flatnonzero(tokens == self._reopens)
         if len(turns):
             self.turn_start[i] = start + turns[-1] + 1
 
     def force(self, lane: Lane, tokens: Sequence[int]) -> None:
-        """Add what a tool answered, and the ``<|assistant|>`` behind it."""
+        """Add what a tool answered, with the marks around it, to where the assistant goes on."""
         i, start = lane.index, int(self.length[lane.index])
         stop = start + len(tokens)
         self.reserve(stop)
@@ -274,10 +277,11 @@ class Lanes:
             start = max(start, stop - tail)
         return self.tokenizer.decode(self.tokens[lane.index, start:stop].tolist())
 
-    def call_text(self, lane: Lane) -> str:
-        """The text of the tool call that it has just written."""
+    def call_text(self, lane: Lane) -> str | None:
+        """What the turn that it has just ended asks a tool; None where its text says that it asks none."""
         start, stop = int(self.turn_start[lane.index]), int(self.length[lane.index])
-        return self.tokenizer.decode(self.tokens[lane.index, start : stop - 1].tolist())
+        text = self.tokenizer.decode(self.tokens[lane.index, start : stop - 1].tolist())
+        return self.form.query(text)
 
     def generated(self, lane: Lane) -> Generated:
         """A finished dialogue."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from toolmem.data.turn_format import turn_format
 from toolmem.generation.acceptance import Acceptance
 from toolmem.generation.lanes import Lane, Lanes
 from toolmem.generation.paging import Pager
@@ -100,7 +101,7 @@ class Lifecycle:
 
     Args:
         model: on any device.
-        tokenizer: has the role tokens.
+        tokenizer: has a form for dialogues.
         calls: where tool calls go; None without tools.
         max_lanes: that run at once.
         step_tokens: tokens that a step reads at most, beside one a lane.
@@ -170,8 +171,8 @@ class Lifecycle:
         self.lanes = Lanes(tokenizer, model.max_seq_len)
         self.device = model.embedding.weight.device
         self.counts = Stats()
-        self._end = tokenizer.role_ids["end"]
-        self._database = tokenizer.role_ids["database"]
+        self.form = turn_format(tokenizer)
+        self._end, self._database = self.form.end, self.form.call
         self.queue: deque[Lane] = deque()  # not begun
         self.ready: deque[Lane] = deque()  # answered, or made to pause
         self.running: list[Lane] = []

@@ -2,9 +2,12 @@
 
 The rules of a dialogue, which stand here in the open:
 
-- The assistant speaks until it writes ``<|end|>`` (finished) or ``<|database|>`` (a tool call).
+- The assistant speaks until it writes ``<|end|>`` (finished) or ``<|database|>`` (a tool call). In a
+  pretrained model's chat format it ends both by the same token, and its turn's text says which it is
+  (``toolmem.data.turn_format``).
 - A tool call's text is what the assistant wrote since the last ``<|assistant|>``. The answer is
-  encoded and forced into the dialogue, followed by ``<|assistant|>``; both are the database's.
+  encoded and forced into the dialogue, followed by ``<|assistant|>``; both are the database's, and so
+  are the marks around an answer of a chat format.
 - A call that may not be made (no toolbox, or ``max_tool_calls`` made) finishes with ``tool_calls``.
 - ``max_new_tokens`` counts what the model writes; ``model.max_seq_len`` bounds the whole dialogue.
   Both finish with ``length``, as does an answer that does not fit.
@@ -19,6 +22,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from toolmem.data.turn_format import NO_TOKEN, RoleTokens, turn_format
 from toolmem.errors import ToolmemError
 from toolmem.generation.sampling import Greedy, History, Sampler, choose, uniform_numbers
 from toolmem.generation.turns import ASSISTANT, DATABASE, USER
@@ -26,6 +30,7 @@ from toolmem.tools.base import Answer, extract_query
 
 if TYPE_CHECKING:
     from toolmem.data.tokenizers import Tokenizer
+    from toolmem.data.turn_format import TurnFormat
     from toolmem.models.language_model import LanguageModel
     from toolmem.tools.base import Toolbox
 
@@ -80,26 +85,32 @@ def check_all(generated: Iterable[Generated]) -> None:
 
 def token_roles(tokens: Sequence[int], role_ids: Mapping[str, int]) -> list[int]:
     """Role code of each token; a role token belongs to whoever speaks before it."""
-    speakers = {
-        role_ids["user"]: USER,
-        role_ids["assistant"]: ASSISTANT,
-        role_ids["database"]: DATABASE,
-        role_ids["end"]: USER,
-    }
-    roles, speaker = [], USER
-    for token in tokens:
-        roles.append(speaker)
-        speaker = speakers.get(token, speaker)
-    return roles
+    return RoleTokens(role_ids).codes(tokens)
 
 
-def turn_text(tokens: Sequence[int], tokenizer: Tokenizer) -> str:
-    """The text of a tool call: from the last ``<|assistant|>`` to the token before the last."""
-    assistant = tokenizer.role_ids["assistant"]
-    start = len(tokens) - 1
-    while start > 0 and tokens[start - 1] != assistant:
-        start -= 1
-    return tokenizer.decode(tokens[start:-1])
+def called_text(tokens: Sequence[int], tokenizer: Tokenizer) -> str | None:
+    """What a dialogue's last token asks a tool, of all that the assistant wrote in its turn; None when it
+    asks none, or ends no turn.
+
+    Args:
+        tokens: a dialogue whose last token the assistant wrote.
+        tokenizer: has a form for dialogues.
+    """
+    form = turn_format(tokenizer)
+    if tokens[-1] != (form.end if form.call == NO_TOKEN else form.call):
+        return None
+    return form.query(tokenizer.decode(tokens[form.turn_start(tokens) : -1]))
+
+
+def forced_answer(answer: Sequence[int], form: TurnFormat) -> list[int]:
+    """The tokens that follow a call: a tool's answer, between its marks, to where the assistant goes on.
+
+    Args:
+        answer: token ids of its text.
+        form: of dialogues.
+    """
+    asked, back = form.marks("assistant", "database"), form.marks("database", "assistant")
+    return [*(i for i, _ in asked[1:]), *answer, *(i for i, _ in back)]
 
 
 def check_prompt(model: LanguageModel, prompt: Sequence[int]) -> None:
@@ -169,9 +180,9 @@ def generate_naive(
     check_prompt(model, prompt)
     sampler = sampler or Greedy()
     generator = torch.Generator().manual_seed(seed)
-    end, database = tokenizer.role_ids["end"], tokenizer.role_ids["database"]
+    form = turn_format(tokenizer)
     device = next(model.parameters()).device
-    tokens, roles = list(prompt), token_roles(prompt, tokenizer.role_ids)
+    tokens, roles = list(prompt), form.codes(prompt)
     log_probs = [float("nan")] * len(prompt)
     calls: list[tuple[str, Answer]] = []
     written = 0
@@ -189,17 +200,17 @@ def generate_naive(
             roles.append(ASSISTANT)
             log_probs.append(float(logits.log_softmax(dim=-1)[0, token]))
             written += 1
-            if token == end:
+            text = called_text(tokens, tokenizer)
+            if token == form.end and text is None:
                 reason = "end"
                 break
-            if token == database:
+            if text is not None:
                 if toolbox is None or len(calls) >= max_tool_calls:
                     reason = "tool_calls"
                     break
-                text = turn_text(tokens, tokenizer)
                 [answer] = toolbox.call_many([text])
                 calls.append((extract_query(text), answer))
-                forced = [*tokenizer.encode(answer.text), tokenizer.role_ids["assistant"]]
+                forced = forced_answer(tokenizer.encode(answer.text), form)
                 if len(tokens) + len(forced) > model.max_seq_len:
                     break
                 tokens += forced

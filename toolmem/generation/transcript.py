@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from toolmem.data.turn_format import NO_TOKEN, turn_format
 from toolmem.generation.turns import DATABASE
 
 if TYPE_CHECKING:
@@ -67,7 +68,9 @@ class Transcript:
         self.stop = tuple(stop)
         self.turns: list[Turn] = []
         self.sampled = 0
-        self._ids = tokenizer.role_ids
+        self._form = turn_format(tokenizer)
+        self._around = self._form.answered
+        self._marks = 0  # forced tokens to come that are no text
         self._begin("assistant")
 
     def _begin(self, role: str) -> None:
@@ -92,22 +95,36 @@ class Transcript:
         turn = self.turns[-1]
         if role != DATABASE:
             self.sampled += 1
-            if token == self._ids["database"]:
+            if token == self._form.call or (token == self._form.end and self._asks(turn)):
                 turn.calls = True
+                self._marks = self._around.before
                 return [self._end(turn)]
-            if token == self._ids["end"]:
+            if token == self._form.end:
                 return []
+        elif self._marks:
+            self._marks -= 1
+            return []
         elif turn.role == "assistant":
             self._begin("database")
             turn = self.turns[-1]
-        if role == DATABASE and token == self._ids["assistant"]:
+        waits = role == DATABASE and self._around.trailing
+        if role == DATABASE and token == self._around.guard:
+            if waits:
+                del turn.tokens[-waits:], turn.log_probs[-waits:]
             piece = self._end(turn)
             self._begin("assistant")
+            self._marks = self._around.after
             return [piece]
         turn.tokens.append(token)
         turn.log_probs.append(log_prob if role != DATABASE else None)
-        text = self._show(turn, self._grown(turn))
+        text = "" if waits else self._show(turn, self._grown(turn))
         return [Piece(turn.role, text)] if text else []
+
+    def _asks(self, turn: Turn) -> bool:
+        """Whether a turn that is over is a call by its text."""
+        if self._form.call != NO_TOKEN:
+            return False
+        return self._form.query(self.tokenizer.decode(turn.tokens)) is not None
 
     def finish(self) -> Piece:
         """The dialogue is over: what had to wait, of the last turn."""

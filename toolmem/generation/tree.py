@@ -17,8 +17,9 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from toolmem.data.turn_format import turn_format
 from toolmem.errors import ToolmemError
-from toolmem.generation.reference import Generated, token_roles
+from toolmem.generation.reference import Generated
 from toolmem.generation.requests import Request
 from toolmem.generation.turns import split_turns
 
@@ -91,15 +92,16 @@ class Node:
     def say(self, text: str) -> Node:
         """A child in which the user goes on; fork it for what the model says to that."""
         tokenizer = self.engine.tokenizer
-        ids = tokenizer.role_ids
+        form = turn_format(tokenizer)
         tokens = list(self.tokens)
-        opened = [ids["user"], *tokenizer.encode(text), ids["assistant"]]
-        if tokens[-1] != ids["end"]:  # the turn ends before another speaks
-            opened = [ids["end"], *opened]
+        marks = [i for i, _ in form.marks("assistant", "user")]
+        if tokens[-1] == form.end:  # else the turn ends before another speaks
+            marks = marks[1:]
+        opened = [*marks, *tokenizer.encode(text), *(i for i, _ in form.marks("user", "assistant"))]
         tokens += opened
         dialogue = Generated(
             tokens,
-            [*self.dialogue.roles, *token_roles(tokens, ids)[-len(opened) :]],
+            [*self.dialogue.roles, *form.codes(tokens)[-len(opened) :]],
             [*self.dialogue.log_probs, *([math.nan] * len(opened))],
             "length",
             list(self.dialogue.tool_calls),

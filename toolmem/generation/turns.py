@@ -5,25 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from toolmem.data.turn_format import ASSISTANT, DATABASE, NONE, USER, turn_format
+
 if TYPE_CHECKING:
     from toolmem.data.tokenizers import Tokenizer
 
-NONE, USER, ASSISTANT, DATABASE = 0, 1, 2, 3  # role codes
+__all__ = ["ASSISTANT", "DATABASE", "NONE", "USER", "split_turns"]
 
 
 def split_turns(tokens: Sequence[int], tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    """(role, text) of each turn; a turn begins where its role token stands.
+    """(role, text) of each turn.
 
     Args:
         tokens: a dialogue, finished or not.
-        tokenizer: has the role tokens.
+        tokenizer: has a form for dialogues.
     """
-    speakers = {tokenizer.role_ids[role]: role for role in ("user", "assistant", "database")}
-    end = tokenizer.role_ids["end"]
-    turns: list[tuple[str, list[int]]] = []
-    for token in tokens:
-        if token in speakers:
-            turns.append((speakers[token], []))
-        elif token != end and turns:
-            turns[-1][1].append(token)
-    return [(role, tokenizer.decode(ids)) for role, ids in turns]
+    form = turn_format(tokenizer)
+    spans, end = form.spans(tokens), form.end
+    turns = [(span.role, tokens[span.start : span.stop]) for span in spans]
+    return [(role, tokenizer.decode([i for i in ids if i != end])) for role, ids in turns]

@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from toolmem.data.turn_format import NO_TOKEN
 from toolmem.generation.lanes import Lane
 from toolmem.generation.reading import Read, Reading
+from toolmem.generation.reference import forced_answer
 from toolmem.generation.sampling import Greedy, History, choose
 from toolmem.generation.speculative import (
     Draft,
@@ -144,7 +146,10 @@ class Writing(Reading):
         callers = []
         for at in np.flatnonzero(looked_at).tolist():
             lane = lanes[at]
-            if ended[at]:
+            if ended[at] and (asks := self._asks(lane)) is not False:
+                if asks:
+                    callers.append(lane)
+            elif ended[at]:
                 self.finish(lane, "end")
             elif (stopped := self._stopped(lane, int(tokens[at]))) is None:
                 continue
@@ -239,6 +244,19 @@ class Writing(Reading):
             self.fail(lane, error)
             return None
 
+    def _asks(self, lane: Lane) -> bool | None:
+        """Whether the turn that it has just ended is a call by its text, and not by how it ends.
+
+        None where that cannot be told: it has failed.
+        """
+        if self._database != NO_TOKEN:
+            return False
+        try:
+            return self.lanes.call_text(lane) is not None
+        except Exception as error:
+            self.fail(lane, error)
+            return None
+
     def _call(self, lanes: list[Lane]) -> None:
         """Hand the lanes' queries to their tools."""
         allowed = []
@@ -264,12 +282,14 @@ class Writing(Reading):
                 future.add_done_callback(self._note(lane))
         self._absorb(at_once)
 
-    def _each(self, lanes: list[Lane], ask: Callable[[Lane], str]) -> tuple[list[Lane], list[str]]:
+    def _each(
+        self, lanes: list[Lane], ask: Callable[[Lane], str | None]
+    ) -> tuple[list[Lane], list[str]]:
         """A text of each lane, and the lanes; those for which asking raises end by it."""
         good, texts = [], []
         for lane in lanes:
             try:
-                texts.append(ask(lane))
+                texts.append(ask(lane) or "")
                 good.append(lane)
             except Exception as error:
                 self.fail(lane, error)
@@ -320,7 +340,7 @@ class Writing(Reading):
             lane.tool_calls.append((lane.query, answer))
             lane.future = None
             self.counts.tool_errors += answer.error
-            forced = [*ids, self.tokenizer.role_ids["assistant"]]
+            forced = forced_answer(ids, self.form)
             if int(self.lanes.length[lane.index]) + len(forced) > self.model.max_seq_len:
                 self.finish(lane, "length")
                 continue

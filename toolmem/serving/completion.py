@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 import toolmem
+from toolmem.data.text.token_table import dialogue_tokens
+from toolmem.data.turn_format import turn_format
 from toolmem.errors import ToolmemError
 from toolmem.generation.requests import EngineFull, Request
 from toolmem.generation.transcript import Piece, Transcript, Turn
@@ -129,8 +131,14 @@ class Choice:
             return None
         # Of what it names, so that the same dialogue gives the same id in both forms of the answer.
         call_id = f"call_{self.index}_{len(self.request.turns)}"
-        preferred = tool_name(self.toolbox, turn.text)
-        return protocol.tool_call(call_id, self.request.tools, turn.text, preferred)
+        query = self._query(turn)
+        preferred = tool_name(self.toolbox, query)
+        return protocol.tool_call(call_id, self.request.tools, query, preferred)
+
+    def _query(self, turn: Turn) -> str:
+        """What a turn that is a call asks."""
+        asked = turn_format(self.tokenizer).query(turn.text)
+        return extract_query(turn.text if asked is None else asked)
 
     def message(self) -> dict[str, Any]:
         """The choice as a whole; call it when the deltas are over."""
@@ -139,7 +147,8 @@ class Choice:
         message: dict[str, Any] = {"role": "assistant", "content": self.answer, "refusal": None}
         if call is not None:
             # The turn as it was written, where it says more than the query.
-            message["content"] = turn.text if turn.text != extract_query(turn.text) else None
+            query = turn_format(self.tokenizer).written(self._query(turn), True)
+            message["content"] = turn.text if turn.text != query else None
             message["tool_calls"] = [call]
         return {
             "index": self.index,
@@ -336,25 +345,6 @@ class Completion:
     def _note(self, delta: dict[str, Any]) -> None:
         if self.first_token_s is None and delta["delta"].get("toolmem"):
             self.first_token_s = time.perf_counter() - self.began
-
-
-def dialogue_tokens(turns: Sequence[tuple[str, str]], tokenizer: Tokenizer) -> list[int]:
-    """Turns as the model saw them in training, up to where the assistant begins to speak.
-
-    Args:
-        turns: (role, text), the last a user's or the database's.
-        tokenizer: has the role tokens.
-    """
-    ids = tokenizer.role_ids
-    texts = tokenizer.encode_batch([text for _, text in turns])
-    tokens: list[int] = []
-    before = ""
-    for (role, _), text in zip(turns, texts, strict=True):
-        if before == "assistant" and role == "user":
-            tokens.append(ids["end"])  # what an assistant says to a user ends so
-        tokens += [ids[role], *text]
-        before = role
-    return [*tokens, ids["assistant"]]
 
 
 def tool_name(toolbox: Toolbox | None, text: str) -> str | None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from toolmem.data.turn_format import NO_TOKEN, turn_format
 from toolmem.errors import ToolmemError
 from toolmem.generation.sampling import Greedy, Sampler, Sampling
 from toolmem.serving.fields import SHOWN, ApiError, Fields, wrong
@@ -146,8 +147,9 @@ def choose_tools(
         the client's tools that may be called, biases that make or prevent a call, and whether the
         server's own tools answer.
     """
-    if choice == "none":
-        return (), {tokenizer.role_ids["database"]: NEVER}, False
+    form = turn_format(tokenizer)
+    if choice == "none":  # a call that a turn's text is can but be left unanswered
+        return (), {form.call: NEVER} if form.call != NO_TOKEN else {}, False
     if choice in (None, "auto"):
         return tools, {}, not tools
     named = choice
@@ -159,7 +161,14 @@ def choose_tools(
         chosen = tools if choice == "required" else ()
     if not chosen:
         raise wrong("tool_choice", choice, '"auto", "none", "required", or a function among tools')
-    return chosen, {tokenizer.role_ids["end"]: NEVER}, False
+    if form.call == NO_TOKEN:
+        raise ApiError(
+            400,
+            "tool_choice: a call cannot be made to come from this model, whose chat format has no token for "
+            'one: leave it out, or "auto"',
+            param="tool_choice",
+        )
+    return chosen, {form.end: NEVER}, False
 
 
 def read_format(data: Any) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from toolmem.data.text.dialog_tokens import foreign_spans
 from toolmem.data.text.token_table import ASSISTANT, encode_dialogue
+from toolmem.data.turn_format import OVER, START, turn_format
 
 if TYPE_CHECKING:
     from toolmem.data.dialogues import Dialogue
@@ -110,7 +111,8 @@ def tell(dialogue: Dialogue, tokenizer: Tokenizer) -> Told:
         places = {"end of name": asked[-1], **places}
     results = [t for t, turn in enumerate(dialogue.turns) if turn.role == "database"]
     if results:
-        places["end of result"] = turns[results[-1] + 1].first - 2
+        back = turn_format(tokenizer).marks("database", "assistant")
+        places["end of result"] = turns[results[-1] + 1].first - len(back) - 1
     if answer:
         places["before answer"] = answer[0] - 1
     return Told(
@@ -127,14 +129,16 @@ class _Turn(NamedTuple):
 
 
 def _turns(tokens: np.ndarray, dialogue: Dialogue, tokenizer: Tokenizer) -> list[_Turn]:
-    found, at = [], 0
-    for before, turn in zip([None, *dialogue.turns], dialogue.turns, strict=False):
-        # a user's turn after an assistant's is opened by two tokens
-        at += 2 if before is not None and (before.role, turn.role) == ("assistant", "user") else 1
-        n = len(tokenizer.encode(turn.text))
+    form = turn_format(tokenizer)
+    found, at, before = [], 0, START
+    following = [turn.role for turn in dialogue.turns[1:]] + [OVER]
+    for turn, after in zip(dialogue.turns, following, strict=True):
+        at += len(form.marks(before, turn.role))
+        text = form.written(turn.text, turn.role == "assistant" and after == "database")
+        n = len(tokenizer.encode(text))
         sizes = [len(tokenizer.decode_bytes([int(t)])) for t in tokens[at : at + n]]
-        found.append(_Turn(turn.text.encode(), at, np.cumsum(sizes).tolist()))
-        at += n
+        found.append(_Turn(text.encode(), at, np.cumsum(sizes).tolist()))
+        at, before = at + n, turn.role
     return found
 
 

@@ -84,7 +84,7 @@ def write_page(
 
 def shown_tokens(tokens: Tensor, tokenizer: Tokenizer) -> list[str]:
     """Each token as one reads it: roles by a sign, what is no text of its own by a dot."""
-    signs = {tokenizer.role_ids[role]: sign for role, sign in _SIGNS.items()}
+    signs = {token: _SIGNS[role] for role, token in tokenizer.role_ids.items()}
     texts = [signs.get(int(token)) or tokenizer.decode([int(token)]) for token in tokens]
     return [
         "·" if "�" in text else text.replace("\n", "⏎").replace(" ", "␣") or "·" for text in texts

@@ -20,6 +20,7 @@ from toolmem.data.text.dialog_tokens import DialogTokenGenerator, Layout, Mask
 from toolmem.data.text.token_table import TokenTable
 from toolmem.data.text.unknown_first import LatestLosses, UnknownFirst, check_share
 from toolmem.data.tokenizers import Tokenizer, make_tokenizer
+from toolmem.data.turn_format import turn_format
 from toolmem.errors import ToolmemError
 
 Setting = Literal["in_weight", "in_tool"]
@@ -125,8 +126,10 @@ class FactsDataModule(StatefulDataModule):
         self.tools = tools
         self.num_workers = num_workers
         self.tokenizer: Tokenizer = make_tokenizer(tokenizer)
-        if not self.tokenizer.role_ids:
-            raise ToolmemError("data.init_args.tokenizer has no role tokens, which dialogues need")
+        try:
+            turn_format(self.tokenizer)
+        except ToolmemError as error:
+            raise ToolmemError(f"data.init_args.tokenizer: {error}") from error
         names = [templates] if isinstance(templates, str) else templates or [setting]
         self.template_sets = [TemplateSet.load(name, query, setting=setting) for name in names]
         self._check_setting()

@@ -3,7 +3,8 @@
 One dialogue is ``<|user|>`` question ``<|assistant|>`` answer ``<|end|>``, or with a tool
 ``<|user|>`` question ``<|assistant|>`` query ``<|database|>`` result ``<|assistant|>`` conclusion
 ``<|end|>``. A role token belongs to whoever speaks before it, for that is who wrote it: the
-assistant calls the tool by writing ``<|database|>`` and finishes by writing ``<|end|>``.
+assistant calls the tool by writing ``<|database|>`` and finishes by writing ``<|end|>``. A pretrained
+model's tokenizer has other marks between turns (``toolmem.data.turn_format``).
 
 `encode_dialogue` is the slow and obvious way, one dialogue at a time; `TokenTable.build` assembles
 all of a template's dialogues at once, and a test holds them equal.
@@ -11,8 +12,8 @@ all of a template's dialogues at once, and a test holds them equal.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property, partial
 from itertools import chain
 from typing import NamedTuple
 
@@ -20,9 +21,29 @@ import numpy as np
 
 from toolmem.data.dialogues import Block, Dialogue, QuestionTable, TurnSegments
 from toolmem.data.tokenizers import ByteTokenizer, Tokenizer
+from toolmem.data.turn_format import (
+    ASSISTANT,
+    DATABASE,
+    NO_TOKEN,
+    NONE,
+    OVER,
+    ROLE_CODES,
+    START,
+    USER,
+    turn_format,
+)
 
-NONE, USER, ASSISTANT, DATABASE = range(4)
-ROLE_CODES = {"user": USER, "assistant": ASSISTANT, "database": DATABASE}
+__all__ = [
+    "ASSISTANT",
+    "DATABASE",
+    "NONE",
+    "ROLE_CODES",
+    "USER",
+    "TokenTable",
+    "dialogue_tokens",
+    "encode_dialogue",
+    "prompt_tokens",
+]
 
 _CHUNK_CELLS = 1 << 22  # padded tokens assembled at once: bounds memory, and fits the caches
 
@@ -37,32 +58,48 @@ def encode_dialogue(dialogue: Dialogue, tokenizer: Tokenizer) -> tuple[np.ndarra
     Returns:
         (length,) int64 token ids and (length,) uint8 role codes.
     """
+    form = turn_format(tokenizer)
     tokens: list[int] = []
     roles: list[int] = []
-    before = "user"
-    for turn in dialogue.turns:
-        marks = opening_marks(before, turn.role, tokenizer)
-        text = tokenizer.encode(turn.text)
+    before = START
+    following = [turn.role for turn in dialogue.turns[1:]] + [OVER]
+    for turn, after in zip(dialogue.turns, following, strict=True):
+        calls = turn.role == "assistant" and after == "database"
+        text = tokenizer.encode(form.written(turn.text, calls))
+        marks = form.marks(before, turn.role)
         tokens += [token for token, _ in marks] + text
         roles += [code for _, code in marks] + [ROLE_CODES[turn.role]] * len(text)
         before = turn.role
-    tokens.append(tokenizer.role_ids["end"])
-    roles.append(ROLE_CODES[before])
+    closing = form.marks(before, OVER)
+    tokens += [token for token, _ in closing]
+    roles += [code for _, code in closing]
     return np.array(tokens, np.int64), np.array(roles, np.uint8)
 
 
 def prompt_tokens(question: str, tokenizer: Tokenizer) -> list[int]:
     """The tokens up to where the assistant begins to speak: user, question, assistant."""
-    ids = tokenizer.role_ids
-    return [ids["user"], *tokenizer.encode(question), ids["assistant"]]
+    return dialogue_tokens([("user", question)], tokenizer)
 
 
-def opening_marks(before: str, role: str, tokenizer: Tokenizer) -> list[tuple[int, int]]:
-    """The (token, role code) pairs that open a turn: after the assistant, a user's begins anew."""
-    ids = tokenizer.role_ids
-    if before == "assistant" and role == "user":
-        return [(ids["end"], ASSISTANT), (ids["user"], USER)]
-    return [(ids[role], ROLE_CODES[before])]
+def dialogue_tokens(turns: Sequence[tuple[str, str]], tokenizer: Tokenizer) -> list[int]:
+    """Turns as the model saw them in training, up to where the assistant begins to speak.
+
+    Args:
+        turns: (role, text), the last a user's or the database's; an assistant's before the database's is
+            the query, or the call as it was written.
+        tokenizer: one with a form for dialogues.
+    """
+    form = turn_format(tokenizer)
+    roles = [role for role, _ in turns] + ["assistant"]
+    texts = []
+    for (role, text), after in zip(turns, roles[1:], strict=True):
+        calls = role == "assistant" and after == "database"
+        texts.append(form.written(text, True) if calls and form.query(text) is None else text)
+    tokens = [token for token, _ in form.marks(START, roles[0])]
+    for ids, before, after in zip(tokenizer.encode_batch(texts), roles, roles[1:], strict=False):
+        tokens += ids
+        tokens += [token for token, _ in form.marks(before, after)]
+    return tokens
 
 
 class Ragged(NamedTuple):
@@ -100,18 +137,22 @@ class TokenTable:
             questions: what a template set asks about a population.
             tokenizer: one with role tokens.
         """
+        form = turn_format(tokenizer)
         encoded: dict[str, Ragged] = {}  # a column's texts, by its key
         parts: list[np.ndarray] = []
         lengths: list[np.ndarray] = []
         for block in questions.blocks:
             pieces: list[Piece] = []
-            before = "user"
-            for turn in block.turns:
-                for token, code in opening_marks(before, turn.role, tokenizer):
-                    pieces.append((code, np.array([token]), None))
-                pieces += _turn_pieces(turn, block, tokenizer, encoded)
+            before = START
+            following = [turn.role for turn in block.turns[1:]] + [OVER]
+            for turn, after in zip(block.turns, following, strict=True):
+                pieces += _mark_pieces(form.marks(before, turn.role))
+                written: Callable[[str], str] | None = None
+                if turn.role == "assistant" and after == "database" and form.call == NO_TOKEN:
+                    written = partial(form.written, calls=True)
+                pieces += _turn_pieces(turn, block, tokenizer, encoded, written)
                 before = turn.role
-            pieces.append((ROLE_CODES[before], np.array([tokenizer.role_ids["end"]]), None))
+            pieces += _mark_pieces(form.marks(before, OVER))
             _assemble(pieces, 0, len(block), _dtype(tokenizer), parts, lengths)
         return cls._join(parts, lengths, _dtype(tokenizer))
 
@@ -184,14 +225,23 @@ def _role_shift(dtype: np.dtype) -> int:
     return dtype.itemsize * 8 - 2
 
 
+def _mark_pieces(marks: list[tuple[int, int]]) -> list[Piece]:
+    return [(code, np.array([token]), None) for token, code in marks]
+
+
 def _turn_pieces(
-    turn: TurnSegments, block: Block, tokenizer: Tokenizer, encoded: dict[str, Ragged]
+    turn: TurnSegments,
+    block: Block,
+    tokenizer: Tokenizer,
+    encoded: dict[str, Ragged],
+    written: Callable[[str], str] | None,
 ) -> list[Piece]:
     """A turn's text as pieces: (role code, the same tokens for all, or sequences and which)."""
     code = ROLE_CODES[turn.role]
     columns = block.columns
     if all(isinstance(segment, str) for segment in turn.segments):
         text = "".join(str(segment) for segment in turn.segments)
+        text = text if written is None else written(text)
         return [(code, np.array(tokenizer.encode(text), np.int64), None)]
     if isinstance(tokenizer, ByteTokenizer):
         # bytes do not merge: each segment is tokenised alone, each column's values once
@@ -214,6 +264,8 @@ def _turn_pieces(
             column = columns[segment.key]
             texts.append([column.values[i] for i in column.index.tolist()])
     joined = list(map("".join, zip(*texts, strict=True)))
+    if written is not None:
+        joined = list(map(written, joined))
     return [(code, _encode_texts(joined, tokenizer), np.arange(len(joined)))]
 
 
