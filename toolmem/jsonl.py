@@ -3,11 +3,43 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from toolmem.errors import ToolmemError
 from toolmem.files import write_text
+
+
+def read_rows(path: Path, example: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Every row with its line number, from 1; empty lines are passed over.
+
+    Args:
+        path: a JSONL file, one object a line.
+        example: what a row looks like, for messages.
+
+    Raises:
+        ToolmemError: naming file and line.
+    """
+    try:
+        # Not splitlines(): U+2028, U+0085 and their like may stand within a row.
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError as error:
+        raise ToolmemError(f"{path} does not exist: give a JSONL file of {example}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ToolmemError(f"{path} cannot be read as UTF-8 text: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ToolmemError(f"{path}, line {number}: not JSON ({error.msg})") from error
+        except RecursionError as error:
+            raise ToolmemError(f"{path}, line {number}: nested too deeply") from error
+        if not isinstance(value, dict):
+            raise ToolmemError(f"{path}, line {number}: expected {example}")
+        yield number, value
 
 
 def read_prompts(path: Path, field: str = "prompt") -> list[str]:
@@ -20,26 +52,12 @@ def read_prompts(path: Path, field: str = "prompt") -> list[str]:
     Raises:
         ToolmemError: naming file and line.
     """
-    try:
-        # Not splitlines(): U+2028, U+0085 and their like may stand within a row.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError as error:
-        raise ToolmemError(
-            f'{path} does not exist: give a JSONL file of {{"{field}": "..."}}'
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ToolmemError(f"{path} cannot be read as UTF-8 text: {error}") from error
+    example = f'{{"{field}": "..."}}'
     texts: list[str] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ToolmemError(f"{path}, line {number}: not JSON ({error.msg})") from error
-        if not isinstance(value, dict) or not isinstance(value.get(field), str):
-            raise ToolmemError(f'{path}, line {number}: expected {{"{field}": "..."}}')
-        texts.append(value[field])
+    for number, row in read_rows(path, example):
+        if not isinstance(row.get(field), str):
+            raise ToolmemError(f"{path}, line {number}: expected {example}")
+        texts.append(row[field])
     if not texts:
         raise ToolmemError(f"{path} holds no {field}")
     return texts

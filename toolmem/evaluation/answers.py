@@ -1,7 +1,8 @@
 """Answers to an evaluation's questions, on disk as they come: an evaluation that is killed goes on.
 
 Its first line says what was asked of which model, ``{"format": 1, "about": {...}}``; then comes a line a
-question, in the order asked, ``{"split": "known", "attribute": ..., "correct": true, ...}``.
+question, in the order asked, of whatever the evaluation notes of each: recall has
+``{"split": "known", "attribute": ..., "correct": true, ...}``, a task ``{"line": 7, "scores": {...}, ...}``.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -34,6 +35,16 @@ def weights_digest(model: nn.Module) -> str:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         flat = value.detach().cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def digest_of(texts: Iterable[str]) -> str:
+    """A digest of texts in order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for text in texts:
+        data = text.encode("utf-8", "surrogatepass")
+        digest.update(f"{len(data)} ".encode())
+        digest.update(data)
     return digest.hexdigest()
 
 

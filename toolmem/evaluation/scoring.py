@@ -274,13 +274,14 @@ class Scorer:
         for group in self._passes([len(read) for _, read in lanes]):
             chosen = [lanes[lane] for lane in group]
             owners = torch.tensor([number for number, _ in chosen], device=self.device)
-            own = cache.detach(owners, self.device)
-            hidden = self._read([read for _, read in chosen], own)
+            hidden = self._read([r for _, r in chosen], cache.detach(owners, self.device))
             for row, (number, read) in enumerate(chosen):
                 rows[number, read] = total
                 total += len(read)
                 states.append(hidden[row, : len(read)])
-        places, targets, owners_of = [], [], []
+        places: list[int] = []
+        targets: list[int] = []
+        owners_of: list[tuple[int, int]] = []
         for number, own in enumerate(continuations):
             for continuation in own:
                 read = continuation[:-1]

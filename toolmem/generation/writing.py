@@ -238,7 +238,9 @@ class Writing(Reading):
         # a token of text has a byte at least, and those of a character may be cut at the front
         try:
             longest = max(len(string.encode(errors="replace")) for string in request.stop_strings)
-            said = self.lanes.turn_text(lane, longest + 4)
+            # of a prompt without marks of turns, what stands there is not the assistant's
+            tail = min(longest + 4, int(self.lanes.written[lane.index]))
+            said = self.lanes.turn_text(lane, tail)
             return any(string in said for string in request.stop_strings)
         except Exception as error:
             self.fail(lane, error)
