@@ -78,6 +78,11 @@ def ratio(
     return Measure(name, lambda row: [over(row), under(row)], value)
 
 
+def mean_over(name: str, over: str, under: str) -> Measure:
+    """The ratio of the sums of two fields of rows: a mean a token, say."""
+    return ratio(name, lambda row: row[over], lambda row: row[under])
+
+
 BINS = 15
 
 

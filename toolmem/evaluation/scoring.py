@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from toolmem.models import LanguageModel
     from toolmem.models.cache import Cache
 
-PASS_TOKENS = 4096  # of a pass, padding included, at most
+PASS_TOKENS = 2048  # of a pass, padding included, at most
+STATE_TOKENS = 8192  # that the lanes of a pass have room for in their decoding state, at most
 LOGITS = 1 << 24  # numbers of the head's output held at once: 64 MiB in float32
 MIN_TRUNK = 8  # tokens that contexts share, from which on reading them once pays
 
@@ -157,6 +158,18 @@ def shared_beginning(contexts: Sequence[Tokens]) -> int:
     return max(0, min(shared, min(map(len, contexts)) - 1))
 
 
+@contextmanager
+def running(model: LanguageModel, invariant: bool = False) -> Iterator[None]:
+    """In here a model runs for its numbers alone: no dropout, no gradients, its linear layers by the kernels.
+
+    Args:
+        model: its mode is put back.
+        invariant: linear layers give a row the same bits whatever is beside it.
+    """
+    with kernels.accelerate(model, invariant=invariant), evaluating(model), torch.no_grad():
+        yield
+
+
 class Scorer:
     """Log-likelihoods under one model. Use it within ``with``.
 
@@ -179,15 +192,6 @@ class Scorer:
         self._trunk: Tokens = ()
         self._trunk_cache: Cache | None = None
 
-    @contextmanager
-    def _running(self) -> Iterator[None]:
-        with (
-            kernels.accelerate(self.model, invariant=self.invariant),
-            evaluating(self.model),
-            torch.no_grad(),
-        ):
-            yield
-
     def share(self, pairs: Sequence[Pair]) -> None:
         """Read what all contexts of a task begin with, to be gone on from by each.
 
@@ -202,7 +206,7 @@ class Scorer:
             return
         self._trunk = contexts[0][:length]
         cache = self.model.new_cache(1, length)
-        with self._running():
+        with running(self.model, self.invariant):
             for part in torch.tensor([self._trunk], device=self.device).split(PASS_TOKENS, dim=1):
                 self.model.hidden(part, cache=cache)
         self._trunk_cache = cache
@@ -220,7 +224,7 @@ class Scorer:
         for number, pair in enumerate(pairs):
             by_context.setdefault(pair.context, []).append(number)
         found: list[Likelihood | None] = [None] * len(pairs)
-        with self._running():
+        with running(self.model, self.invariant):
             for contexts in self._parts(list(by_context)):
                 numbers = [by_context[context] for context in contexts]
                 scored = self._score_contexts(
@@ -234,11 +238,12 @@ class Scorer:
 
     def _parts(self, contexts: list[Tokens]) -> Iterator[list[Tokens]]:
         """Contexts of about one length, read in one pass each."""
-        for lanes in self._passes([len(context) for context in contexts]):
+        lengths = [len(context) for context in contexts]
+        for lanes in self._passes(lengths, max(lengths, default=1)):
             yield [contexts[lane] for lane in lanes]
 
-    def _passes(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Which lanes are read together."""
+    def _passes(self, lengths: Sequence[int], room: int) -> Iterator[list[int]]:
+        """Which lanes, each with so much room in its state, are read together."""
         if self.invariant:
             yield from ([lane] for lane in range(len(lengths)))
             return
@@ -246,7 +251,7 @@ class Scorer:
             return
         counts = np.array(lengths, np.int64)
         for group in passes(np.arange(len(counts)), counts, self._overhead):
-            most = max(1, PASS_TOKENS // int(group.counts[0]))
+            most = max(1, min(PASS_TOKENS // int(group.counts[0]), STATE_TOKENS // room))
             for start in range(0, len(group.lanes), most):
                 yield group.lanes[start : start + most].tolist()
 
@@ -271,7 +276,7 @@ class Scorer:
         rows: dict[tuple[int, Tokens], int] = {}
         total = len(rest)
         lanes = [(number, read) for number, own in enumerate(reads) for read in own]
-        for group in self._passes([len(read) for _, read in lanes]):
+        for group in self._passes([len(read) for _, read in lanes], room):
             chosen = [lanes[lane] for lane in group]
             owners = torch.tensor([number for number, _ in chosen], device=self.device)
             hidden = self._read([r for _, r in chosen], cache.detach(owners, self.device))
