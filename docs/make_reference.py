@@ -32,6 +32,7 @@ from toolmem.cli.serve import serve
 from toolmem.cli.sweep import sweep
 from toolmem.cli.tokenizer import train as tokenizer_train
 from toolmem.cli.tool import calculator, sql
+from toolmem.cli.wandb import sync as wandb_sync
 from toolmem.data import FactsDataModule, MADDataModule, RecallDataModule, TextDataModule
 from toolmem.files import write_text
 from toolmem.models import (
@@ -102,7 +103,7 @@ folder. Options come from YAML (`--config FILE`, several are merged) and from th
 | `--runs FOLDER` | the folder of all runs; `runs` by default |
 | `--exposures N` | train until each fact was seen N times on the mean, in place of `--trainer.max_steps` |
 | `--resume auto` | go on from the run's last checkpoint where there is one; `never`, the default, refuses |
-| `--logger csv\\|wandb\\|tensorboard` | where metrics go beside `metrics.csv`, which is always written |
+| `--logger csv\\|wandb\\|wandb_offline\\|tensorboard` | where metrics go beside `metrics.csv` |
 | `--seed_everything N` | seed of weights and of everything random in training |
 | `--ckpt_path PATH` | a checkpoint or a run's folder |
 | `--trainer.KEY VALUE` | any argument of Lightning's Trainer, but for `logger` and `default_root_dir` |
@@ -217,6 +218,7 @@ def page() -> str:
     text += command("toolmem plot norms", plot_norms, ("run",))
     text += command("toolmem plot circuits", plot_circuits, ("run",))
     text += command("toolmem convert", convert, ("source", "target"))
+    text += command("toolmem wandb sync", wandb_sync, ("run",))
     for name, (function, positional, _) in facts_cli.COMMANDS.items():
         text += command(f"toolmem facts {name}", function, tuple(positional))
     text += command("toolmem tool sql", sql, ("file", "query"))

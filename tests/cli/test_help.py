@@ -27,6 +27,7 @@ HELPS = [
     "demo", "fit", "validate", "test", "predict", "sweep", "generate", "serve", "evaluate", "inspect",
     "inspect init", "plan", "plot", "plot norms", "plot circuits", "plot DIR", "convert", "facts",
     "facts build", "facts show", "tool", "tool sql", "tool calculator", "tokenizer", "tokenizer train",
+    "wandb", "wandb sync",
 ]  # fmt: skip
 
 

@@ -1,13 +1,12 @@
 import csv
 import errno
-import glob
 
 import pytest
 from training_toys import ToyData, make_module, make_trainer
 
 from toolmem.errors import ToolmemError
 from toolmem.training import Checkpointing, CSVLogger
-from toolmem.training.loggers import read_rows, tensorboard_logger, wandb_logger
+from toolmem.training.loggers import read_rows, tensorboard_logger
 
 
 def table(folder):
@@ -115,24 +114,6 @@ def fit(folder, logger, max_steps, resume=None):
     )  # fmt: skip
     trainer.fit_loop.epoch_loop.max_steps = max_steps
     trainer.fit(make_module(), ToyData(), ckpt_path=resume)
-
-
-def test_a_resumed_run_goes_on_in_the_wandb_run_that_it_was(tmp_path, monkeypatch):
-    import wandb
-
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    first = wandb_logger(tmp_path)
-    fit(tmp_path, first, 2)
-    wandb.finish()
-    checkpoint = tmp_path / "checkpoints" / "last.ckpt"
-    second = wandb_logger(tmp_path, checkpoint=checkpoint)
-    assert second.version == first.version
-    fit(tmp_path, second, 4, checkpoint)
-    wandb.finish()
-    folders = {folder.rpartition("-")[2] for folder in glob.glob(f"{tmp_path}/wandb/offline-run-*")}
-    assert folders == {first.version}
-    assert wandb_logger(tmp_path).version != first.version
 
 
 def test_tensorboard_hides_what_came_after_the_checkpoint(tmp_path):

@@ -39,6 +39,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "toolmem.cli.convert",
         "a checkpoint in another form: one file, shards, or weights alone",
     ),
+    "wandb": ("toolmem.cli.wandb", "a run's metrics and evaluations, sent to Weights & Biases"),
     "facts": ("toolmem.cli.facts", "build a factbase, or show one"),
     "tool": ("toolmem.cli.tool", "try a tool by hand"),
     "tokenizer": ("toolmem.cli.tokenizer", "train a BPE tokenizer"),

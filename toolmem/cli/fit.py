@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from toolmem.cli.functions import limit_imports, plain
 from toolmem.data.exposures import steps_of_exposures
 from toolmem.errors import ToolmemError
 from toolmem.files import explain_os_error, write_text
-from toolmem.recipe_files import read_mapping
+from toolmem.recipe_files import get_key, read_mapping
 from toolmem.tools import check_tools
 from toolmem.training import (
     TRAINER_DEFAULTS,
@@ -38,8 +39,8 @@ from toolmem.training import (
 )
 from toolmem.training.callbacks import Preemption, Profiling, SkippedDocuments
 from toolmem.training.folders import RunFolder
-from toolmem.training.initial_weights import base_for
-from toolmem.training.loggers import tensorboard_logger, wandb_logger
+from toolmem.training.initial_weights import base_for, model_for
+from toolmem.training.loggers import tensorboard_logger
 from toolmem.training.mixed_precision import precision_plugin
 from toolmem.training.precision import check_precision
 
@@ -63,27 +64,39 @@ def module_class(command: str, arguments: Sequence[str] | dict[str, Any]) -> typ
     Raises:
         ToolmemError: when there is no such class, or it trains something else.
     """
-    if isinstance(arguments, dict):
-        named = [(arguments.get(command) or {}).get("module")]
-    else:
-        named = _named_modules(arguments)
-    path = next((name for name in reversed(named) if name), MODULE)
+    path = _named("module", command, arguments) or MODULE
     return import_class(str(path), "module", LanguageModelModule)
 
 
-def _named_modules(words: Sequence[str]) -> list[Any]:
-    """What each config and each option says of ``module``, in their order."""
-    named: list[Any] = []
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        key, equals, value = word.partition("=")
+def _named(key: str, command: str, arguments: Sequence[str] | dict[str, Any]) -> Any:
+    """What the last config or option that names a key says of it, before anything is parsed."""
+    if isinstance(arguments, dict):
+        return get_key(arguments.get(command) or {}, key)
+    found = None
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
         value = value if equals else following
-        if key == "--module":
-            named.append(value)
-        elif key in ("--config", "-c") and Path(value).is_file():
+        said: Any = None
+        if name == f"--{key}":
+            said = value
+        elif name in ("--config", "-c") and Path(value).is_file():
             # what is wrong with a config is told when it is parsed
             with contextlib.suppress(ToolmemError):
-                named.append(read_mapping(value).get("module"))
-    return named
+                said = get_key(read_mapping(value), key)
+        found = said or found
+    return found
+
+
+def model_left_open(command: str, arguments: Sequence[str] | dict[str, Any]) -> str | None:
+    """The run that a recipe leaves its model to: it names ``model.init_from``, and no ``model.model``."""
+    init_from = _named("model.init_from", command, arguments)
+    chosen = _named("model.model", command, arguments)
+    if isinstance(
+        chosen, Mapping
+    ):  # with options of the run's model that are to be otherwise, perhaps
+        chosen = chosen.get("class_path")
+    named = chosen or _named("model.model.class_path", command, arguments)
+    return None if named or not init_from else str(init_from)
 
 
 class ToolmemCLI(LightningCLI):
@@ -96,6 +109,7 @@ class ToolmemCLI(LightningCLI):
 
     def __init__(self, command: str, arguments: Sequence[str] | dict[str, Any]) -> None:
         self.command = command
+        self.model_from = model_left_open(command, arguments)
         self.interruptible = not isinstance(arguments, dict)  # whoever calls us has ways of his own
         # Lightning restarts ``sys.argv`` in every DDP rank, so the real command line is left alone.
         same = not isinstance(arguments, dict) and list(arguments) == sys.argv[1:]
@@ -142,7 +156,7 @@ class ToolmemCLI(LightningCLI):
             help="auto: go on from the run's last checkpoint where there is one, else start.",
         )  # fmt: skip
         parser.add_argument(
-            "--logger", type=Literal["csv", "wandb", "tensorboard"], default="csv",
+            "--logger", type=Literal["csv", "wandb", "wandb_offline", "tensorboard"], default="csv",
             help="Where metrics go beside metrics.csv, which is always written.",
         )  # fmt: skip
         parser.add_argument(
@@ -156,6 +170,8 @@ class ToolmemCLI(LightningCLI):
         parser.add_lightning_class_args(Checkpointing, "checkpointing")
         parser.add_lightning_class_args(RecallProbe, "recall")
         parser.add_lightning_class_args(NormProbe, "norms")
+        if self.model_from is not None:
+            parser.set_defaults({"model.model": model_for(self.model_from)})
         parser.link_arguments(
             "data.vocab_size", "model.model.init_args.vocab_size", apply_on="instantiate"
         )
@@ -188,6 +204,7 @@ class ToolmemCLI(LightningCLI):
             )
         check_precision(settings.trainer.precision, settings.trainer.accelerator)
         self._fill_base(settings.model)
+        self._fill_tokenizer(settings)
         # Settled here and kept in config.yaml, so that it reruns as it is. What depends on this very
         # call (the folder's path, the checkpoint) is handed to the trainer and not kept.
         settings.name = settings.name or self._recipe_name()
@@ -213,6 +230,17 @@ class ToolmemCLI(LightningCLI):
             base = base_for(section.model.class_path, chosen.as_dict(), section.init_from)
             if base is not None:
                 chosen["base"] = base
+
+    def _fill_tokenizer(self, settings: Any) -> None:
+        """Let data that names no tokenizer have that of the model that training starts from."""
+        options, init_from = settings.data.get("init_args"), settings.model.init_from
+        if init_from is None or options is None or options.get("tokenizer", "byte") is not None:
+            return
+        with contextlib.suppress(
+            ToolmemError
+        ):  # told when weights are loaded; a run that goes on has its own
+            if checkpoints.tokenizer_spec(init_from).get("type") != "byte":
+                options["tokenizer"] = str(init_from)
 
     def _recipe_name(self) -> str:
         configs = self.settings.get("config") or []
@@ -279,9 +307,14 @@ class ToolmemCLI(LightningCLI):
         if self.command != "fit":
             return []
         loggers: list[Any] = [CSVLogger(self.folder.path)]
-        if self.settings.logger == "wandb":
-            loggers.append(wandb_logger(self.folder.path, checkpoint=self.checkpoint))
-        elif self.settings.logger == "tensorboard":
+        chosen = self.settings.logger
+        if chosen.startswith("wandb") and os.environ.get("WANDB_MODE") != "disabled":
+            from toolmem.training.wandb_runs import wandb_logger
+
+            going_on = self.settings.resume == "auto" or self.settings.ckpt_path == "last"
+            options = {"going_on": going_on, "offline": chosen == "wandb_offline"}
+            loggers.append(wandb_logger(self.folder.path, checkpoint=self.checkpoint, **options))
+        elif chosen == "tensorboard":
             loggers.append(tensorboard_logger(self.folder.path, checkpoint=self.checkpoint))
         return loggers
 

@@ -1,10 +1,12 @@
-"""Where metrics go: always a CSV file in the run's folder; wandb and TensorBoard when asked for."""
+"""Where metrics go: always a CSV file in the run's folder; TensorBoard when asked for.
+
+wandb has ``wandb_runs.py``.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -160,54 +162,9 @@ def logged_version(checkpoint: str | Path | None, logger: str) -> str | None:
     """
     if checkpoint is None:
         return None
-    about = checkpoints.about_of(checkpoints.read_state(checkpoint), checkpoint)
+    about = checkpoints.read_state(checkpoint).get(checkpoints.KEY, {})
     version = about.get("loggers", {}).get(logger)
     return None if version is None else str(version)
-
-
-def wandb_logger(
-    folder: str | Path,
-    *,
-    project: str = "toolmem",
-    name: str | None = None,
-    checkpoint: str | Path | None = None,
-    **options: Any,
-) -> Logger:
-    """Lightning's logger for Weights & Biases; a resumed run goes on in the run that it was.
-
-    Works offline with ``WANDB_MODE=offline``; ``wandb sync`` sends it later.
-
-    Args:
-        folder: the run's folder; wandb keeps its files in it.
-        project: where the run appears.
-        name: how it is called there; the folder's name when None.
-        checkpoint: the file that training goes on from: it holds the run's id.
-        options: anything else that ``lightning.pytorch.loggers.WandbLogger`` takes.
-
-    Raises:
-        ToolmemError: when wandb is not installed.
-    """
-    try:
-        from lightning.pytorch.loggers import WandbLogger
-
-        run_id = logged_version(checkpoint, "WandbLogger") or secrets.token_hex(4)
-        return WandbLogger(
-            name=name or Path(folder).name,
-            project=project,
-            save_dir=str(folder),
-            version=run_id,
-            resume="allow",
-            **{"settings": _what_wandb_keeps(), **options},
-        )
-    except ModuleNotFoundError as error:
-        raise ToolmemError("logger: wandb is not installed: pip install wandb") from error
-
-
-def _what_wandb_keeps() -> Any:
-    """No command line, address of a repository or source: any of them may hold a secret."""
-    import wandb
-
-    return wandb.Settings(x_disable_meta=True, disable_git=True, disable_code=True, save_code=False)
 
 
 def tensorboard_logger(folder: str | Path, *, checkpoint: str | Path | None = None) -> Logger:
