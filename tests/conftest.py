@@ -29,3 +29,22 @@ def _one_thread():
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct as GGUF; tests that want it skip, with the reason, where it cannot be had."""
+    import smollm2
+
+    try:
+        return smollm2.gguf()
+    except RuntimeError as error:
+        pytest.skip(f"SmolLM2 is not at hand: {error}")
+
+
+@pytest.fixture(scope="session")
+def smollm2_checkpoint(smollm2_gguf: Path) -> Path:
+    """It as a checkpoint, converted once."""
+    import smollm2
+
+    return smollm2.checkpoint()

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import toolmem
 from toolmem.checkpoints import tensor_files
@@ -31,6 +31,9 @@ from toolmem.checkpoints.stored import FORMAT, Stored, is_sharded
 from toolmem.checkpoints.tensor_files import DamagedError, TensorFile
 from toolmem.errors import ToolmemError
 from toolmem.files import atomic_path
+
+if TYPE_CHECKING:
+    from toolmem.checkpoints.pretrained import Portable
 
 Form = Literal["file", "folder", "weights"]
 ABOUT = "toolmem.about"  # in a file of weights: what rebuilds their model
@@ -58,11 +61,32 @@ def convert(source: str | Path, target: str | Path, form: Form, ranks: int = 1) 
             stored = stack.enter_context(Stored(path))
             flat = Flat(stored.tree, stored.tensors)
         if form == "weights":
-            _write_weights(flat, path, target)
+            _write_weights(flat, about_of(read_state(path), path), target)
         elif form == "file":
             write_flat(flat, target)
         else:
             _write_folder(flat, target, ranks)
+
+
+def write_model(model: Portable, target: Path, form: str, ranks: int | None = None) -> None:
+    """Write a model that came from another program's form.
+
+    Args:
+        model: what to write.
+        target: where to, in one step.
+        form: ``checkpoint`` or ``weights``.
+        ranks: how many files a checkpoint is to have as a folder; one file when None.
+
+    Raises:
+        ToolmemError: when its source is damaged, or the target cannot be written.
+    """
+    flat = model.flat()
+    if form == "weights":
+        _write_weights(flat, flat.tree[KEY], target)
+    elif ranks is None:
+        write_flat(flat, target)
+    else:
+        _write_folder(flat, target, ranks)
 
 
 def _write_folder(flat: Flat, target: Path, ranks: int) -> None:
@@ -78,8 +102,7 @@ def _write_folder(flat: Flat, target: Path, ranks: int) -> None:
         remove(temporary)
 
 
-def _write_weights(flat: Flat, path: Path, target: Path) -> None:
-    about = about_of(read_state(path), path)
+def _write_weights(flat: Flat, about: Mapping[str, Any], target: Path) -> None:
     wanted = {
         name.removeprefix(WEIGHTS_PREFIX): node["$tensor"]
         for name, node in flat.tree["state_dict"].items()

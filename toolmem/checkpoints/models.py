@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import toolmem
 from toolmem.checkpoints.formats import KEY, first_line, read
@@ -81,13 +83,13 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> LoadedCheckpoi
     about = about_of(checkpoint, path)
     weights = weights_of(checkpoint)
     _check_numbers(about["model"].get("init_args"), len(weights), path)
-    with no_larger_than(weights, path):
-        model = build_model(about["model"], path)
+    model = meta_model(about["model"], weights.values(), path)
     step = checkpoint.get("global_step", 0)
     if not isinstance(step, int):
         raise ToolmemError(f"{path}: its step is {step!r:.40}: the file was edited; use another")
+    checkpoint.clear()
     try:
-        model.load_state_dict(weights)
+        assign_weights(model, weights)
     except (RuntimeError, AttributeError, TypeError) as error:
         raise ToolmemError(f"the weights in {path} do not fit its own model: {error}") from error
     try:
@@ -125,15 +127,98 @@ def _check_numbers(options: Any, n_tensors: int, where: str | Path) -> None:
             )
 
 
+def meta_model(
+    spec: Mapping[str, Any], weights: Collection[Shaped], where: str | Path
+) -> LanguageModel:
+    """Build a model whose parameters have no memory yet: `assign_weights` gives them theirs.
+
+    Buffers that no checkpoint keeps (rotary tables) are as they should be.
+
+    Args:
+        spec: ``{"class_path": ..., "init_args": {...}}``.
+        weights: what it is to be given; it may not have many more.
+        where: the file, for messages.
+
+    Raises:
+        ToolmemError: as `build_model`, and for a model that cannot be the one of these weights.
+    """
+    import torch
+    from torch.nn.modules.module import register_module_parameter_registration_hook
+
+    me = threading.get_ident()
+    made: dict[int, tuple[weakref.ref[Any], torch.nn.Parameter]] = {}
+
+    def without_memory(_: Any, __: str, one: Any) -> Any:
+        if threading.get_ident() != me or one is None or one.is_meta:
+            return None
+        earlier = made.get(id(one))
+        if earlier is not None and earlier[0]() is one:
+            return earlier[1]
+        new = torch.nn.Parameter(one.detach().to("meta"), requires_grad=one.requires_grad)
+        made[id(one)] = weakref.ref(one), new
+        return new
+
+    with no_larger_than(weights, where):
+        hook = register_module_parameter_registration_hook(without_memory)
+        try:
+            return build_model(spec, where)
+        finally:
+            hook.remove()
+
+
+def tied_names(model: LanguageModel) -> dict[str, str]:
+    """Parameters that are another one under a further name: name -> the first name."""
+    first: dict[int, str] = {}
+    found = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), name) != name:
+            found[name] = first[id(parameter)]
+    return found
+
+
+def assign_weights(model: LanguageModel, weights: dict[str, torch.Tensor]) -> None:
+    """Give a model of `meta_model` its weights, which become its parameters and are not copied.
+
+    What is of another dtype than the model's is converted, one at a time.
+
+    Args:
+        model: changed in place.
+        weights: by the model's names; emptied, so that nothing is held twice.
+
+    Raises:
+        RuntimeError: when they do not fit.
+    """
+    own, ties = model.state_dict(), tied_names(model)
+    for name in list(weights):
+        if name in own and name not in ties and weights[name].dtype != own[name].dtype:
+            weights[name] = weights[name].to(own[name].dtype)
+    weights |= {
+        name: weights[first] for name, first in ties.items() if {name, first} <= set(weights)
+    }
+    model.load_state_dict(weights, assign=True)
+    weights.clear()
+    for name, first in ties.items():
+        holder, _, last = name.rpartition(".")
+        setattr(model.get_submodule(holder), last, model.get_parameter(first))
+
+
+class Shaped(Protocol):
+    """A tensor, or one on disk."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Its shape."""
+
+
 @contextmanager
-def no_larger_than(weights: Mapping[str, torch.Tensor], where: str | Path) -> Iterator[None]:
+def no_larger_than(weights: Collection[Shaped], where: str | Path) -> Iterator[None]:
     """In here a model stops being made as soon as it cannot be the one of these weights.
 
     A file that says ``n_layers: 10**15`` must cost neither hours nor memory. Parameters are registered before
     they are filled, so what they ask for is not taken yet.
 
     Args:
-        weights: by name.
+        weights: in any order.
         where: the file, for messages.
 
     Raises:
@@ -143,7 +228,7 @@ def no_larger_than(weights: Mapping[str, torch.Tensor], where: str | Path) -> It
 
     me = threading.get_ident()
     left = {
-        "parameters": 1000 + 2 * sum(weight.numel() for weight in weights.values()),
+        "parameters": 1000 + 2 * sum(math.prod(weight.shape) for weight in weights),
         "modules": 1000 + 32 * len(weights),
     }
 

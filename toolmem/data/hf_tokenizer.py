@@ -89,6 +89,7 @@ class HFTokenizer:
     def _take_chat(self, chat: Mapping[str, Any]) -> None:
         """Have the turns of a chat template, if it gave any."""
         self.without_turns = str(chat.get("refused") or "")
+        self.vocab_size = max(self.vocab_size, int(chat.get("vocab_size") or 0))
         if chat.get("format") is not None:
             turns = ChatFormat.from_spec(chat["format"], self.decode)
             for token in turns.guarding:
@@ -108,6 +109,7 @@ class HFTokenizer:
         special_tokens: Mapping[str, str],
         *,
         system: str | None = None,
+        vocab_size: int | None = None,
         source: str = "the given tokenizer",
     ) -> HFTokenizer:
         """A pretrained model's tokenizer: its vocabulary as it is, dialogues as its chat template has them.
@@ -117,6 +119,7 @@ class HFTokenizer:
             chat_template: the model's, in Jinja; None for a model that has none.
             special_tokens: ``bos_token``, ``eos_token`` and the like, as text.
             system: what the system says first; None for what the template says by itself.
+            vocab_size: ids that the model has, where it has more than the tokenizer names.
             source: for messages.
 
         Raises:
@@ -128,6 +131,7 @@ class HFTokenizer:
             "template": chat_template,
             "special_tokens": dict(special_tokens),
             "system": system,
+            "vocab_size": vocab_size,
             "format": None,
             "refused": "the model has no chat template" if chat_template is None else "",
         }
@@ -174,8 +178,17 @@ class HFTokenizer:
         if system == self.chat["system"]:
             return self
         return self.pretrained(
-            self._definition, self.chat["template"], self.chat["special_tokens"], system=system
+            self._definition,
+            self.chat["template"],
+            self.chat["special_tokens"],
+            system=system,
+            vocab_size=self.chat.get("vocab_size"),
         )
+
+    @cached_property
+    def prefix_ids(self) -> list[int]:
+        """What a text by itself begins with (``<s>``, say), as its model was trained; mostly nothing."""
+        return list(self._backend.encode("", add_special_tokens=True).ids)
 
     @classmethod
     def from_file(
@@ -261,7 +274,7 @@ class HFTokenizer:
         return ids
 
     def _byte_id(self, byte: int) -> int:
-        token = self._backend.token_to_id(_BYTE_TO_CHAR[byte]) if self._byte_level else None
+        token = self._backend.token_to_id(BYTE_TO_CHAR[byte]) if self._byte_level else None
         if token is None:
             raise ToolmemError(
                 f"byte {byte:#04x} is not valid UTF-8 here, and this tokenizer has no token for "
@@ -373,5 +386,5 @@ def _byte_to_char() -> list[str]:
     return chars
 
 
-_BYTE_TO_CHAR = _byte_to_char()
-_CHAR_TO_BYTE = {char: byte for byte, char in enumerate(_BYTE_TO_CHAR)}
+BYTE_TO_CHAR = _byte_to_char()
+_CHAR_TO_BYTE = {char: byte for byte, char in enumerate(BYTE_TO_CHAR)}

@@ -6,7 +6,8 @@ Shapes: b batch, s seq, h query heads, k key/value heads, d head_dim, n keys loo
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from toolmem.models.context import Context
 from toolmem.models.flops import PairWork, attention_work, register_flops
 from toolmem.models.layers import RMSNorm, ShortConvolution
 from toolmem.models.masks import causal_mask
+from toolmem.models.rope_scaling import scaled_frequencies
 
 if TYPE_CHECKING:
     from toolmem.models.attention_kernels import Mask
@@ -46,7 +48,9 @@ def head_sizes(
     return kv_heads, dim // n_heads if head_dim is None else head_dim
 
 
-def rotary_tables(head_dim: int, max_seq_len: int, base: float) -> tuple[Tensor, Tensor]:
+def rotary_tables(
+    head_dim: int, max_seq_len: int, base: float, scaling: Mapping[str, Any] | None = None
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines of rotary positions (RoPE, arXiv 2104.09864), in Llama's layout of halves.
 
     The sines carry the sign of ``rotate``'s swap, so that rotating is two products and a sum.
@@ -55,11 +59,13 @@ def rotary_tables(head_dim: int, max_seq_len: int, base: float) -> tuple[Tensor,
         head_dim: width of a head, even.
         max_seq_len: number of positions.
         base: the slowest pair turns by 1/base^((d-2)/d) radians a token.
+        scaling: makes pairs turn more slowly (``rope_scaling.py``).
 
     Returns:
         two float32 tensors (max_seq_len, 1, head_dim).
     """
     frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    frequencies = scaled_frequencies(frequencies, scaling)
     angles = torch.arange(max_seq_len, dtype=torch.float64)[:, None] * frequencies
     cos, sin = angles.cos().float(), angles.sin().float()
     return torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
@@ -181,6 +187,7 @@ class Attention(HeadMixing):
         softcap: bound attention's logits to (-softcap, softcap) by a tanh (arXiv 2408.00118); 0 for
             none.
         scale: what products of queries and keys are multiplied by; 1 / sqrt(head_dim) when None.
+        qkv_bias: a bias on the first projection, whatever ``bias`` says.
     """
 
     def __init__(
@@ -198,6 +205,7 @@ class Attention(HeadMixing):
         value_residual: bool = False,
         softcap: float = 0.0,
         scale: float | None = None,
+        qkv_bias: bool = False,
     ) -> None:
         n_kv_heads, head_dim = head_sizes(dim, n_heads, n_kv_heads, head_dim)
         super().__init__(1 / math.sqrt(head_dim) if scale is None else scale, softcap)
@@ -208,7 +216,7 @@ class Attention(HeadMixing):
         self.rope = rope
         self.rotary_dim = head_dim if rope else 0  # what it expects of the model's tables, at most
         channels = (n_heads + 2 * n_kv_heads) * head_dim
-        self.qkv = nn.Linear(dim, channels, bias=bias)
+        self.qkv = nn.Linear(dim, channels, bias=bias or qkv_bias)
         self.out = nn.Linear(n_heads * head_dim, dim, bias=bias)
         self.q_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None

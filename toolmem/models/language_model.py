@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -73,6 +73,7 @@ class LanguageModel(nn.Module):
         max_seq_len: longest sequence that it can take.
         rotary_dim: width of the heads that rotary positions turn; 0 without rotary positions.
         rope_base: RoPE's base.
+        rope_scaling: makes it turn more slowly (``rope_scaling.py``).
         learned_positions: add a learned embedding of the position.
         tie_embeddings: the head is the embedding, transposed.
         embedding_scale: multiply embedded tokens by sqrt(dim) (arXiv 1706.03762), so that a tied
@@ -105,6 +106,7 @@ class LanguageModel(nn.Module):
         max_seq_len: int,
         rotary_dim: int = 0,
         rope_base: float = 10_000.0,
+        rope_scaling: Mapping[str, Any] | None = None,
         learned_positions: bool = False,
         tie_embeddings: bool = False,
         embedding_scale: bool = False,
@@ -142,7 +144,7 @@ class LanguageModel(nn.Module):
         self.multi_token = multi_token
         self.rotary = rotary_dim > 0
         if self.rotary:
-            cos, sin = rotary_tables(rotary_dim, max_seq_len, rope_base)
+            cos, sin = rotary_tables(rotary_dim, max_seq_len, rope_base, rope_scaling)
             # Not kept in checkpoints: a few numbers of the recipe decide them.
             self.register_buffer("rotary_cos", cos, persistent=False)
             self.register_buffer("rotary_sin", sin, persistent=False)

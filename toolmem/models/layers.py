@@ -55,12 +55,15 @@ class ShortConvolution(nn.Module):
     Args:
         channels: size of the last dimension.
         width: number of taps.
+        residual: what the docstring's first line says; else y_t = sum_j w_j x_{t-j}, as state-space models
+            were published.
     """
 
-    def __init__(self, channels: int, width: int) -> None:
+    def __init__(self, channels: int, width: int, residual: bool = True) -> None:
         super().__init__()
         self.channels = channels
         self.width = width
+        self.residual = residual
         # Flat, not (width, channels): it is a bundle of filters, and nothing that treats matrices
         # as linear maps (Muon, low-rank adapters, quantisers) should take it for one.
         self.taps = nn.Parameter(torch.zeros(width * channels))
@@ -81,7 +84,7 @@ class ShortConvolution(nn.Module):
         taps = self.taps.view(self.width, self.channels)
         first, seq = self.width - 1, x.shape[1]
         ids = None if documents is None else F.pad(documents, (first, 0))
-        y = x * (1 + taps[0])
+        y = x * (1 + taps[0] if self.residual else taps[0])
         for j in range(1, self.width):
             shifted = slice(first - j, first - j + seq)
             earlier = joined[:, shifted]

@@ -65,6 +65,8 @@ class Mamba1Mixer(nn.Module):
         dt_min: the smallest step size that a channel starts with; they are drawn evenly on a log scale.
         dt_max: the largest.
         bias: biases in the first and the last projection.
+        conv_residual: the convolution's tap of the token itself is 1 + its weight, which weight decay pulls
+            to the identity; false for the weight itself, as published models have it.
         kernel: ``torch``, or ``mamba_ssm`` for the authors' CUDA kernel.
 
     Raises:
@@ -84,6 +86,7 @@ class Mamba1Mixer(nn.Module):
         dt_max: float = 0.1,
         bias: bool = False,
         kernel: Kernel = "torch",
+        conv_residual: bool = True,
     ) -> None:
         super().__init__()
         check_sizes(state_dim=state_dim, conv_width=conv_width, expand=expand, dt_rank=dt_rank)
@@ -93,7 +96,7 @@ class Mamba1Mixer(nn.Module):
         self.dt_rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
         self.kernel = kernel
         self.in_proj = nn.Linear(dim, 2 * self.inner, bias=bias)
-        self.conv = ShortConvolution(self.inner, conv_width)
+        self.conv = ShortConvolution(self.inner, conv_width, conv_residual)
         self.conv_bias = nn.Parameter(torch.zeros(self.inner))
         self.x_proj = nn.Linear(self.inner, self.dt_rank + 2 * state_dim, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, self.inner, bias=False)
@@ -195,6 +198,8 @@ class Mamba(LanguageModel):
         mup_base_dim: the width at which the learning rate was tuned, for ``initialization: mup``.
         norm_eps: epsilon of the norms.
         bias: biases in projections and layer norms.
+        conv_residual: the convolution's tap of the token itself is 1 + its weight; false for the weight
+            itself, as published models have it.
         kernel: ``torch``, or ``mamba_ssm`` for the authors' CUDA kernel.
 
     Raises:
@@ -228,6 +233,7 @@ class Mamba(LanguageModel):
         norm_eps: float = 1e-5,
         bias: bool = False,
         kernel: Kernel = "torch",
+        conv_residual: bool = True,
     ) -> None:
         check_sizes(
             vocab_size=vocab_size,
@@ -241,7 +247,16 @@ class Mamba(LanguageModel):
             return Block(
                 dim,
                 Mamba1Mixer(
-                    dim, state_dim, conv_width, expand, dt_rank, dt_min, dt_max, bias, kernel
+                    dim,
+                    state_dim,
+                    conv_width,
+                    expand,
+                    dt_rank,
+                    dt_min,
+                    dt_max,
+                    bias,
+                    kernel,
+                    conv_residual,
                 ),
                 None if hidden_dim is None else FeedForward(dim, hidden_dim, feed_forward, bias),
                 norm,
@@ -294,7 +309,10 @@ def draw_taps(conv: ShortConvolution) -> None:
     """Start a short convolution as the papers do, evenly within ±1/sqrt(width)."""
     bound = 1 / math.sqrt(conv.width)
     conv.taps.uniform_(-bound, bound)
-    conv.taps[: conv.channels] -= 1  # what ``ShortConvolution`` adds: a token's own tap is 1 + that
+    if conv.residual:
+        conv.taps[: conv.channels] -= (
+            1  # what ``ShortConvolution`` adds: a token's own tap is 1 + that
+        )
 
 
 def step_sizes(raw: Tensor, bias: Tensor, context: Context) -> Tensor:

@@ -82,6 +82,8 @@ class Mamba2Mixer(nn.Module):
         dt_min: the smallest step size that a head starts with; they are drawn evenly on a log scale.
         dt_max: the largest.
         bias: biases in the first and the last projection.
+        conv_residual: the convolution's tap of the token itself is 1 + its weight, which weight decay pulls
+            to the identity; false for the weight itself, as published models have it.
         norm_eps: epsilon of the norm after the gate.
         kernel: ``torch``, or ``mamba_ssm`` for the authors' Triton kernels.
 
@@ -105,6 +107,7 @@ class Mamba2Mixer(nn.Module):
         bias: bool = False,
         norm_eps: float = 1e-5,
         kernel: Kernel = "torch",
+        conv_residual: bool = True,
     ) -> None:
         super().__init__()
         check_sizes(
@@ -135,7 +138,7 @@ class Mamba2Mixer(nn.Module):
         self.shared = n_groups * state_dim
         channels = self.inner + 2 * self.shared
         self.in_proj = nn.Linear(dim, self.inner + channels + self.n_heads, bias=bias)
-        self.conv = ShortConvolution(channels, conv_width)
+        self.conv = ShortConvolution(channels, conv_width, conv_residual)
         self.conv_bias = nn.Parameter(torch.zeros(channels))
         self.dt_bias = nn.Parameter(step_size_bias(self.n_heads, dt_min, dt_max))
         self.A_log = nn.Parameter((1 + 15 * torch.rand(self.n_heads)).log())  # A from -16 to -1
@@ -237,6 +240,8 @@ class Mamba2(LanguageModel):
         mup_base_dim: the width at which the learning rate was tuned, for ``initialization: mup``.
         norm_eps: epsilon of the norms.
         bias: biases in projections and layer norms.
+        conv_residual: the convolution's tap of the token itself is 1 + its weight; false for the weight
+            itself, as published models have it.
         kernel: ``torch``, or ``mamba_ssm`` for the authors' Triton kernels.
 
     Raises:
@@ -272,6 +277,7 @@ class Mamba2(LanguageModel):
         norm_eps: float = 1e-5,
         bias: bool = False,
         kernel: Kernel = "torch",
+        conv_residual: bool = True,
     ) -> None:
         check_sizes(
             vocab_size=vocab_size,
@@ -295,6 +301,7 @@ class Mamba2(LanguageModel):
                 bias,
                 norm_eps,
                 kernel,
+                conv_residual,
             )
             return Block(
                 dim,

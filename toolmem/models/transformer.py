@@ -9,7 +9,7 @@ options that open models have tried since are all off.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from toolmem.errors import ToolmemError
 from toolmem.models.attention import Attention, head_sizes
@@ -35,6 +35,8 @@ class Transformer(LanguageModel):
         position: ``rope``, ``learned`` or ``none``.
         rope_base: RoPE's base.
         rope_fraction: share of each head that RoPE turns (partial RoPE, arXiv 2204.06745).
+        rope_scaling: slow RoPE's turning down for contexts longer than those it was trained on, as models'
+            configs say it: ``{"rope_type": "linear", "factor": ...}`` or ``{"rope_type": "llama3", ...}``.
         nope_every: leave every so-manieth layer without rotary positions (SmolLM3's NoPE layers,
             arXiv 2501.18795); 0 for none.
         qk_norm: RMS-normalise query and key heads.
@@ -57,6 +59,7 @@ class Transformer(LanguageModel):
         mup_base_dim: the width at which the learning rate was tuned, for ``initialization: mup``.
         norm_eps: epsilon of the norms.
         bias: biases in projections and layer norms.
+        qkv_bias: a bias on query, key and value alone (Qwen2, arXiv 2407.10671).
         attention: ``gqa``, heads that may share keys and values, or ``mla``, multi-head latent
             attention (arXiv 2405.04434).
         mla_kv_rank: width of the latent that keys and values are made of; 4 * head_dim when None.
@@ -85,6 +88,7 @@ class Transformer(LanguageModel):
         position: Literal["rope", "learned", "none"] = "rope",
         rope_base: float = 10_000.0,
         rope_fraction: float = 1.0,
+        rope_scaling: dict[str, Any] | None = None,
         nope_every: int = 0,
         qk_norm: bool = False,
         window: int | list[int] = 0,
@@ -104,6 +108,7 @@ class Transformer(LanguageModel):
         mup_base_dim: int | None = None,
         norm_eps: float = 1e-5,
         bias: bool = False,
+        qkv_bias: bool = False,
         attention: Literal["gqa", "mla"] = "gqa",
         mla_kv_rank: int | None = None,
         mla_q_rank: int = 0,
@@ -132,6 +137,7 @@ class Transformer(LanguageModel):
                 "qk_norm": qk_norm,
                 "value_residual": value_residual,
                 "rope_fraction": rope_fraction != 1,
+                "qkv_bias": qkv_bias,
             }.items():
                 if wanted:
                     raise ToolmemError(
@@ -191,6 +197,7 @@ class Transformer(LanguageModel):
                 rope=rope,
                 value_residual=first_values,
                 softcap=attention_softcap,
+                qkv_bias=qkv_bias,
             )
 
         def block(index: int, first_values: bool = value_residual) -> Block:
@@ -224,6 +231,7 @@ class Transformer(LanguageModel):
             max_seq_len=max_seq_len,
             rotary_dim=rotary_dim,
             rope_base=rope_base,
+            rope_scaling=rope_scaling,
             learned_positions=position == "learned",
             tie_embeddings=tie_embeddings,
             embedding_scale=embedding_scale,
