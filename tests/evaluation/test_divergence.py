@@ -138,7 +138,7 @@ def test_a_base_on_disk(tmp_path):
                 found, bound = np.array(row[name]), np.array(wanted[name])
                 assert (found <= bound + 2e-5).all()
                 if top_k == TOKENIZER.vocab_size:
-                    assert found == pytest.approx(bound, abs=1e-5)
+                    assert found == pytest.approx(bound, abs=3e-5)  # kept in float32
                     assert row["base_log_prob"] == pytest.approx(wanted["base_log_prob"], rel=1e-5)
     assert all(row["base_log_prob"] is None for row in ask_in_parts(
         Divergence(text, model, BaseFile(tmp_path / "1.safetensors")), part=3
@@ -174,7 +174,8 @@ def test_windows_predict_each_token_once(n, longest, stride):
 
 
 def test_windows_are_the_harness_own():
-    utils = pytest.importorskip("lm_eval.utils")
+    from lm_eval import utils  # a dev dependency: without it the suite must fail, not pass it over
+
     for n in (1, 5, 12, 13, 31):
         tokens = list(range(100, 100 + n))
         wanted = list(utils.get_rolling_token_windows(tokens, 0, 6, 1))

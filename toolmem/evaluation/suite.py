@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolmem.errors import ToolmemError
-from toolmem.evaluation.measures import Measure, Row
+from toolmem.evaluation.examples import ask_in_parts
+from toolmem.evaluation.measures import Estimate, Measure, Row, estimates
 
 if TYPE_CHECKING:
     from toolmem.data.tokenizers import Tokenizer
+    from toolmem.evaluation.answers import Answers
     from toolmem.evaluation.divergence import Base
     from toolmem.evaluation.examples import Examples
+    from toolmem.evaluation.perplexity import Text
     from toolmem.models import LanguageModel
 
 RECALL = "recall"
@@ -129,21 +133,113 @@ def make_examples(
         return Asked(
             task, model, tokenizer, batch_size=asking.batch_size, invariant=asking.invariant
         )
-    from toolmem.evaluation.divergence import Divergence
-    from toolmem.evaluation.perplexity import Perplexity, read_text
+    text = text_of(spec, model, tokenizer, asking)
+    if spec.kind == "perplexity":
+        from toolmem.evaluation.perplexity import Perplexity
 
-    text = read_text(
+        return Perplexity(text, model, invariant=asking.invariant)
+    from toolmem.evaluation.divergence import Divergence
+
+    if base is None:
+        raise ToolmemError("divergence: from what? Name the base's checkpoint by --base")
+    return Divergence(text, model, base, invariant=asking.invariant)
+
+
+def text_of(spec: TaskSpec, model: LanguageModel, tokenizer: Tokenizer, asking: Asking) -> Text:
+    """The text of a part, cut for a model; arguments as ``make_examples``."""
+    from toolmem.evaluation.perplexity import read_text
+
+    assert spec.path is not None
+    return read_text(
         spec.path,
         tokenizer,
         longest=min(model.max_seq_len, asking.window or 1024),
         stride=asking.stride,
         limit=asking.limit,
     )
-    if spec.kind == "perplexity":
-        return Perplexity(text, model, invariant=asking.invariant)
-    if base is None:
-        raise ToolmemError("divergence: from what? Name the base's checkpoint by --base")
-    return Divergence(text, model, base, invariant=asking.invariant)
+
+
+@dataclass(frozen=True)
+class PartResult:
+    """What came of one part.
+
+    Args:
+        name: as in results.
+        kind: which says by what it is measured (``measures_of``).
+        estimates: by measure, the one to look at first in front.
+        rows: example by example.
+        asked: digest of what was asked.
+        seconds: that it took.
+        more: what else there is to tell, plain data.
+    """
+
+    name: str
+    kind: str
+    estimates: dict[str, Estimate]
+    rows: list[dict[str, Any]]
+    asked: str
+    seconds: float
+    more: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, without the rows."""
+        return {
+            "kind": self.kind,
+            "examples": len(self.rows),
+            "asked": self.asked,
+            "metrics": {name: one.as_dict() for name, one in self.estimates.items()},
+            "seconds": round(self.seconds, 3),
+            **self.more,
+        }
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers by ``NAME/MEASURE``, and the ends of their intervals."""
+        found: dict[str, float] = {}
+        for name, one in self.estimates.items():
+            key = f"{self.name}/{name}"
+            found |= {key: one.value, f"{key}/low": one.low, f"{key}/high": one.high}
+        return found
+
+
+def measure_part(
+    spec: TaskSpec,
+    examples: Examples,
+    asking: Asking,
+    *,
+    answers: Answers | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> PartResult:
+    """Ask one part, and reckon its measures.
+
+    Args:
+        spec: any part but recall.
+        examples: what it asks (``make_examples``).
+        asking: how.
+        answers: where to write each example down as it comes; what is there is not asked again.
+        advance: is told of how many more examples there are numbers.
+    """
+    began = time.perf_counter()
+    rows = ask_in_parts(
+        examples,
+        part=asking.batch_size,
+        answers=answers,
+        invariant=asking.invariant,
+        advance=advance,
+    )
+    seconds = time.perf_counter() - began
+    kind = spec.kind
+    more: dict[str, Any] = {}
+    if kind == "task":
+        from toolmem.evaluation.tasks import Asked
+
+        assert isinstance(examples, Asked)
+        kind = examples.task.recipe.kind
+    elif kind == "divergence":
+        from toolmem.evaluation.divergence import by_position
+
+        more = {"by_position": by_position(rows)}
+    found = estimates(examples.measures, units(rows))
+    return PartResult(spec.name, kind, found, rows, examples.digest(), seconds, more)
 
 
 def measures_of(kind: str) -> tuple[Measure, ...]:
