@@ -42,6 +42,7 @@ from rich.table import Table
 import toolmem
 from toolmem.generation import Engine, PromptLookup, Request, Sampling, fork_all
 from toolmem.models import Transformer
+from toolmem.models.interop import llama
 from toolmem.run import Run
 from toolmem.tools import Toolbox
 from toolmem.tools.base import Answer, Tool
@@ -227,26 +228,13 @@ def smollm(layers: int, vocab: int) -> tuple[Transformer, Any]:
         rope_base=1e5,
         tie_embeddings=True,
     ).eval()
-    body = theirs.model
-    state = {
-        "embedding.weight": body.embed_tokens.weight,
-        "head.weight": body.embed_tokens.weight,
-        "norm.weight": body.norm.weight,
+    state = theirs.state_dict()
+    weights = {
+        rule.ours: rule.whole([state[name] for name in rule.theirs])
+        for rule in llama.rules(ours.init_args)
     }
-    for i, layer in enumerate(body.layers):
-        attention, mlp = layer.self_attn, layer.mlp
-        qkv = (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
-        state |= {
-            f"blocks.{i}.mixer.qkv.weight": torch.cat(qkv),
-            f"blocks.{i}.mixer.out.weight": attention.o_proj.weight,
-            f"blocks.{i}.feed_forward.up.weight": torch.cat(
-                (mlp.gate_proj.weight, mlp.up_proj.weight)
-            ),
-            f"blocks.{i}.feed_forward.down.weight": mlp.down_proj.weight,
-            f"blocks.{i}.mixer_norm.weight": layer.input_layernorm.weight,
-            f"blocks.{i}.feed_forward_norm.weight": layer.post_attention_layernorm.weight,
-        }
-    ours.load_state_dict(state)
+    weights["head.weight"] = weights["embedding.weight"]
+    ours.load_state_dict(weights)
     return ours, theirs
 
 

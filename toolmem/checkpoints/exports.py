@@ -101,7 +101,9 @@ def write_huggingface(model: Portable, folder: Path, dtype: str | None = None) -
     special = _special_ids(model)
     kinds = {str(lazy.torch_dtype).removeprefix("torch.") for lazy in tensors.values()}
     kind = kinds.pop() if len(kinds) == 1 else "float32"
-    config |= {"torch_dtype": kind, **special}
+    # Said even where there are none: a config that is silent has its class's, of another vocabulary.
+    none = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    config |= {"torch_dtype": kind, **none, **special}
     generation = (model.data.get("pretrained") or {}).get("generation") or {}
     from toolmem.data.pretrained_tokenizers import tokenizer_files
 

@@ -7,6 +7,7 @@ Llama and Mistral (not of Qwen) the rows of query and key stand in another order
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -152,9 +153,12 @@ def _scaling(file: GGUFFile, name: str, width: int, base: float) -> dict[str, An
     if SCALING not in file.tensors:
         return None
     divisors = file.tensors[SCALING].read().double().flatten()
-    found = {**LLAMA3, "factor": round(float(divisors.max()), 3)}
     frequencies = base ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
-    if len(divisors) != width // 2 or not torch.allclose(
+    # Of the slowest pair: how much of it is left as it was (0 for one that is slow enough), hence the factor.
+    left = 1 / float(frequency_divisors(frequencies, {**LLAMA3, "factor": math.inf})[-1])
+    scaled = 1 / float(divisors[-1]) - left if len(divisors) == width // 2 else 0.0
+    found = {**LLAMA3, "factor": round((1 - left) / scaled, 3) if scaled > 0 else 1.0}
+    if len(divisors) != len(frequencies) or not torch.allclose(
         frequency_divisors(frequencies, found), divisors, rtol=1e-5
     ):
         raise ToolmemError(
@@ -262,7 +266,9 @@ def written_as(config: Mapping[str, Any]) -> str:
             f"a model of architecture {name} is not written as GGUF here; {', '.join(WRITTEN_AS)} are"
         )
     if config.get("sliding_window"):
-        raise ToolmemError("GGUF has no word for this architecture's sliding window: write a folder instead")
+        raise ToolmemError(
+            "GGUF has no word for this architecture's sliding window: write a folder instead"
+        )
     return WRITTEN_AS[name]
 
 

@@ -58,8 +58,8 @@ def read_mamba2(config: Mapping[str, Any]) -> dict[str, Any]:
     heads, width = int(config.get("num_heads", 128)), int(config.get("head_dim", 64))
     if heads * width != options["expand"] * options["dim"]:
         raise ToolmemError(f"num_heads {heads} times head_dim {width} is not expand * hidden_size")
-    low, high = config.get("time_step_limit") or (0.0, math.inf)
-    if float(low) > 0 or float(high) < math.inf:
+    low, high = map(_number, config.get("time_step_limit") or (0.0, math.inf))
+    if low > 0 or high < math.inf:
         raise ToolmemError(f"time_step_limit ({low}, {high}) is not supported: (0, inf) is")
     return {
         **options,
@@ -69,6 +69,11 @@ def read_mamba2(config: Mapping[str, Any]) -> dict[str, Any]:
         "chunk_size": int(config.get("chunk_size", 256)),
         "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
     }
+
+
+def _number(value: Any) -> float:
+    """A number as transformers writes it: infinity as an object, which JSON has no number for."""
+    return float(value["__float__"] if isinstance(value, Mapping) else value)
 
 
 def complete(options: Mapping[str, Any]) -> dict[str, Any]:
