@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "sweeps"))
 
 import fake_slurm
+from slurm_waits import end_all_jobs, hurry, wait_for
 from sweep_toys import BASE, sweep_with, write_sweep
 
 from toolmem.cli import main
@@ -52,8 +52,7 @@ def slurm(request, tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     yield request.param
     if request.param == "real":
-        subprocess.run(["scancel", "--user=root"], check=True)
-        wait_for(lambda: all(job.ended for job in jobs_of_user().values()))
+        end_all_jobs()
     else:
         fake_slurm.clear(folder)
 
@@ -99,14 +98,6 @@ class Sweep(threading.Thread):
         return self.code
 
 
-def wait_for(what, seconds=600):
-    until = time.monotonic() + seconds
-    while not (found := what()):
-        assert time.monotonic() < until, "nothing came"
-        time.sleep(0.1)
-    return found
-
-
 def rows_of(out: Path) -> dict[str, dict]:
     return {row["name"]: row for row in Results(out / "results.duckdb").rows()}
 
@@ -145,15 +136,6 @@ def number_of(name_part: str, index: int) -> str:
     return number
 
 
-def hurry() -> bool:
-    """Let jobs that were requeued start at once."""
-    for job in jobs_of_user().values():
-        if job.reason == "BeginTime":
-            update = ["scontrol", "update", f"JobId={job.number}", "StartTime=now"]
-            subprocess.run(update, capture_output=True)
-    return True
-
-
 def alone(recipe: Path, name: str, folder: Path) -> float:
     """The loss that ``toolmem fit`` alone ends with."""
     [run] = [run for run in expand(SweepRecipe.read(recipe)) if run.name == name]
@@ -186,6 +168,29 @@ def test_a_grid_is_what_local_workers_make_of_it(slurm, tmp_path):
             assert row[column] == local[name][column], column
         assert row["threads"] == 1
     assert len(list((tmp_path / "out" / "slurm").glob("*_submission.sh"))) == 1
+
+
+def test_populations_are_jobs_too(slurm, tmp_path):
+    base = copy.deepcopy(BASE)
+    base["module"] = "toolmem.training.PopulationModule"
+    base["model"]["members"] = [{"seed": 0}, {"seed": 1}]
+    base["data"] = {
+        "class_path": "toolmem.data.PopulationDataModule",
+        "init_args": {"data": base["data"], "members": [{}, {"seed": 1}]},
+    }
+    axes = {"lr": {"key": "model.optimizer.lr", "values": [1e-3, 1e-2]}}
+    written = sweep_with(base=base, axes=axes, seed_keys=["seed_everything"], report=None)
+    recipe = write_sweep(tmp_path / "toy.yaml", written)
+    assert Sweep(recipe, tmp_path / "out").ended() == 0
+    assert main(["sweep", str(recipe), "--out", str(tmp_path / "local"), "--workers", "1"]) == 0
+    rows, local = rows_of(tmp_path / "out"), rows_of(tmp_path / "local")
+    assert len(rows) == 2 and set(rows) == set(local)
+    for name, row in rows.items():
+        assert row["error"] is None
+        assert row["tokens"] == local[name]["tokens"] == 2 * 4 * 4 * 16
+        assert row["val/loss"] == pytest.approx(local[name]["val/loss"], rel=1e-6)
+        members = tmp_path / "out" / "runs" / name / "members"
+        assert all((members / str(n) / "checkpoints" / "last.ckpt").is_file() for n in (0, 1))
 
 
 def test_a_search_decides_by_results_what_is_submitted_next(slurm, tmp_path):

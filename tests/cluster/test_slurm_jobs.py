@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import threading
-import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from slurm_toys import ToyJob, calls, jobs_file, toy_recipe
+from slurm_waits import end_all_jobs, wait_for
 
 from toolmem.errors import ToolmemError
 from toolmem.sweeps import slurm
@@ -32,16 +32,7 @@ def _cluster(real_slurm, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent / "sweeps"))
     monkeypatch.setattr(slurm, "SETTLE", 1.0)
     yield
-    subprocess.run(["scancel", "--user=root"], check=True)
-    wait_for(lambda: all(job.ended for job in jobs_of_user().values()))
-
-
-def wait_for(what, seconds=200):
-    until = time.monotonic() + seconds
-    while not (found := what()):
-        assert time.monotonic() < until, "nothing came"
-        time.sleep(0.1)
-    return found
+    end_all_jobs()
 
 
 def executor_of(recipe, out, **options):

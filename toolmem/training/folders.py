@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning.pytorch.utilities import rank_zero_only
+
 from toolmem import checkpoints
 from toolmem.errors import ToolmemError
 from toolmem.files import explain_os_error, remove_unfinished, write_json
@@ -165,6 +167,6 @@ class RunFolder:
             ) from error
         except OSError as error:
             raise explain_os_error(error, self.path) from error
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if rank_zero_only.rank == 0:  # of all processes, whoever started them
             remove_unfinished(self.path / "checkpoints")
-        write_json(self.path / "environment.json", environment())
+            write_json(self.path / "environment.json", environment())
