@@ -27,6 +27,8 @@ from toolmem.checkpoints.models import (
 )
 from toolmem.checkpoints.places import exists, kept, resolve, run_folder
 from toolmem.checkpoints.stored import FORMAT
+from toolmem.checkpoints.tokenizers import tokenizer_spec
+from toolmem.data import tokenizers
 
 __all__ = [
     "FORMAT",
@@ -47,6 +49,10 @@ __all__ = [
     "read_state",
     "resolve",
     "run_folder",
+    "tokenizer_spec",
     "weights_of",
     "write",
 ]
+
+if tokenizer_spec not in tokenizers.readers:  # so data.init_args.tokenizer may name a checkpoint
+    tokenizers.readers.append(tokenizer_spec)

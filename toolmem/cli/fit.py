@@ -236,9 +236,8 @@ class ToolmemCLI(LightningCLI):
         options, init_from = settings.data.get("init_args"), settings.model.init_from
         if init_from is None or options is None or options.get("tokenizer", "byte") is not None:
             return
-        with contextlib.suppress(
-            ToolmemError
-        ):  # told when weights are loaded; a run that goes on has its own
+        # told when weights are loaded, which a run that goes on has of its own
+        with contextlib.suppress(ToolmemError):
             if checkpoints.tokenizer_spec(init_from).get("type") != "byte":
                 options["tokenizer"] = str(init_from)
 

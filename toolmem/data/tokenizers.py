@@ -7,7 +7,8 @@ characters.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from toolmem.errors import ToolmemError
@@ -148,17 +149,29 @@ class SymbolTokenizer:
         return {"type": "symbols", "vocab_size": self.vocab_size}
 
 
-def make_tokenizer(name: str) -> Tokenizer:
+# path -> spec of the tokenizer in it: how rooms that data knows nothing of have theirs read (checkpoints)
+readers: list[Callable[[str], Mapping[str, Any]]] = []
+
+
+def make_tokenizer(name: str | None) -> Tokenizer:
     """The tokenizer that a recipe's ``tokenizer`` key names.
 
     Args:
-        name: ``byte``, or the path of a ``tokenizer.json``.
+        name: ``byte`` (so is None), the path of a ``tokenizer.json``, or a run's folder or a checkpoint
+            whose tokenizer it is.
 
     Raises:
         ToolmemError: when the file is missing or is no tokenizer.
     """
-    if name == "byte":
+    if name is None or name == "byte":
         return ByteTokenizer()
+    path = Path(name)
+    trained = path.suffix == ".ckpt" or (path.is_dir() and not (path / "tokenizer.json").is_file())
+    if trained and readers:
+        try:
+            return tokenizer_from_spec(readers[0](name))
+        except ToolmemError as error:
+            raise ToolmemError(f"data.init_args.tokenizer: {error}") from error
     from toolmem.data.hf_tokenizer import HFTokenizer
 
     return HFTokenizer.from_file(name)
@@ -186,3 +199,23 @@ def tokenizer_from_spec(spec: Mapping[str, Any]) -> Tokenizer:
         f"unknown tokenizer type {kind!r} (known: byte, symbols, hf): the checkpoint was written "
         "by another version of toolmem"
     )
+
+
+def with_system(tokenizer: Tokenizer, system: str) -> Tokenizer:
+    """A pretrained model's tokenizer whose dialogues open with another system's message.
+
+    Args:
+        tokenizer: one with a chat template.
+        system: what it says.
+
+    Raises:
+        ToolmemError: for another tokenizer, or a template that takes no such message.
+    """
+    change = getattr(tokenizer, "with_system", None)
+    if change is None:
+        raise ToolmemError(
+            "data.init_args.system: a system's message needs a pretrained model's chat template, and this "
+            "tokenizer has none: leave it out"
+        )
+    changed: Tokenizer = change(system)
+    return changed

@@ -46,6 +46,24 @@ def base_for(
     return dict(spec["init_args"].get("base") or spec)
 
 
+def model_for(init_from: str | Path) -> dict[str, Any]:
+    """The model of a run, for a recipe that leaves ``model.model`` to the run that it starts from.
+
+    Args:
+        init_from: the run.
+
+    Returns:
+        ``class_path`` and ``init_args``, but for ``vocab_size``, which the data decides.
+
+    Raises:
+        ToolmemError: when the run is not there, or cannot be read.
+    """
+    file, checkpoint = _read(init_from, parts=(checkpoints.KEY,))
+    spec = checkpoints.about_of(checkpoint, file)["model"]
+    options = {key: value for key, value in spec["init_args"].items() if key != "vocab_size"}
+    return {"class_path": spec["class_path"], "init_args": options}
+
+
 def leaves_base_open(class_path: str, init_args: Mapping[str, Any]) -> bool:
     """Whether a model drafts for a base that its ``init_args`` do not give."""
     if init_args.get("base") is not None:
@@ -69,7 +87,7 @@ def load_initial_weights(
     """
     file, checkpoint = _read(init_from)
     about = checkpoints.about_of(checkpoint, file)
-    compatibility.check_tokenizer(about["data"], data, file)
+    compatibility.check_tokenizer(_ids_alone(about["data"]), _ids_alone(data), file)
     saved = dict(checkpoints.weights_of(checkpoint))
     own = model.state_dict()
     anew = isinstance(model, Drafting) and about["model"]["class_path"] != checkpoints.class_path(
@@ -101,10 +119,18 @@ def load_initial_weights(
         model.start_heads()
 
 
-def _read(init_from: str | Path) -> tuple[Path, dict[str, Any]]:
+def _ids_alone(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What data says of its tokenizer, but for the form of dialogues: ids mean the same in any."""
+    spec = data.get("tokenizer") or {}
+    return {"tokenizer": {key: value for key, value in spec.items() if key != "chat"}}
+
+
+def _read(
+    init_from: str | Path, parts: tuple[str, ...] = ("state_dict", checkpoints.KEY)
+) -> tuple[Path, dict[str, Any]]:
     try:
         file = checkpoints.resolve(init_from)
-        return file, checkpoints.read(file, parts=("state_dict", checkpoints.KEY))
+        return file, checkpoints.read(file, parts=parts)
     except ToolmemError as error:
         raise ToolmemError(
             f"model.init_from: {error}; train that run first, or name another"

@@ -19,7 +19,7 @@ from toolmem.data.tables import load_population
 from toolmem.data.text.dialog_tokens import DialogTokenGenerator, Layout, Mask
 from toolmem.data.text.token_table import TokenTable
 from toolmem.data.text.unknown_first import LatestLosses, UnknownFirst, check_share
-from toolmem.data.tokenizers import Tokenizer, make_tokenizer
+from toolmem.data.tokenizers import Tokenizer, make_tokenizer, with_system
 from toolmem.data.turn_format import turn_format
 from toolmem.errors import ToolmemError
 
@@ -51,7 +51,11 @@ class FactsDataModule(StatefulDataModule):
         window: batches among which bucketed sorts dialogues by length.
         prefer_unknown: share of each batch drawn by the model's latest loss on each dialogue, 0 for none;
             on one device, with num_workers 0.
-        tokenizer: byte, or the path of a tokenizer.json.
+        tokenizer: byte, the path of a tokenizer.json, or a run's folder or a checkpoint whose tokenizer it
+            is; None takes that of model.init_from, else byte. Of a pretrained model, dialogues are written
+            as its chat template has them.
+        system: with a chat template, what the system says first ("" for nothing); None for what the template
+            says by itself.
         unseen_people: people whose names training never has, for validation; None is 512, or none
             where no names are left.
         n_val_questions: questions in validation.
@@ -84,7 +88,8 @@ class FactsDataModule(StatefulDataModule):
         seq_len: int | None = None,
         window: int = 32,
         prefer_unknown: float = 0.0,
-        tokenizer: str = "byte",
+        tokenizer: str | None = None,
+        system: str | None = None,
         unseen_people: int | None = None,
         n_val_questions: int = 512,
         val_split: QuestionSplit | None = None,
@@ -126,6 +131,8 @@ class FactsDataModule(StatefulDataModule):
         self.tools = tools
         self.num_workers = num_workers
         self.tokenizer: Tokenizer = make_tokenizer(tokenizer)
+        if system is not None:
+            self.tokenizer = with_system(self.tokenizer, system)
         try:
             turn_format(self.tokenizer)
         except ToolmemError as error:
