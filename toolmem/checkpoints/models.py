@@ -255,13 +255,21 @@ def no_larger_than(weights: Collection[Shaped], where: str | Path) -> Iterator[N
 
 
 def weights_of(checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The model's weights in a checkpoint, by the model's own names."""
+    """The model's weights in a checkpoint, by the model's own names; adapters are merged into them."""
     stored = checkpoint.get("state_dict")
-    return {
+    found = {
         name.removeprefix(WEIGHTS_PREFIX): value
         for name, value in (stored.items() if isinstance(stored, Mapping) else ())
         if name.startswith(WEIGHTS_PREFIX) and hasattr(value, "numel")
     }
+    about = checkpoint.get(KEY)
+    spec = about.get("model") if isinstance(about, Mapping) else None
+    adapters = spec.get("lora") if isinstance(spec, Mapping) else None
+    if not adapters:
+        return found
+    from toolmem.models.lora import merged_weights
+
+    return merged_weights(found, adapters)
 
 
 def about_of(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, Any]:

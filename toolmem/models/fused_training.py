@@ -23,6 +23,7 @@ from toolmem.models.attention_kernels import own_kernels
 from toolmem.models.fused import Parts, embeds_and_runs_plainly, fits, parts_of
 from toolmem.models.kernels.build import library
 from toolmem.models.layers import RMSNorm, ShortConvolution
+from toolmem.models.lora import adapted
 
 if TYPE_CHECKING:
     from toolmem.models.context import Extras
@@ -243,6 +244,8 @@ def why_not(model: LanguageModel) -> str | None:
     if not own_kernels(model.attention_kernel):
         return f"attention_kernel is {model.attention_kernel}: it has to be auto or sdpa"
     if type(model.norm) is not RMSNorm or not all(fits(block, True) for block in model.blocks):
+        if adapted(model):
+            return "it has adapters (model.lora)"
         return (
             "its blocks are not of the plain kind: RMSNorm before attention over all earlier tokens "
             "and before a feed-forward, and none of qk_norm, window, value_residual, sandwich_norm, "

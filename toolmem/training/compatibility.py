@@ -35,6 +35,12 @@ def check(
         ToolmemError: naming the first value that differs, and the key to change.
     """
     check_tokenizer(saved["data"], current["data"], path)
+    if ("lora" in current["model"]) != ("lora" in saved["model"]):
+        has, lacks = ("this run", path) if "lora" in current["model"] else (path, "this run")
+        raise ToolmemError(
+            f"model.lora: {has} has adapters and {lacks} has none: set it as it was, or start from the "
+            "checkpoint by model.init_from"
+        )
     _check_part(saved["model"], current["model"], "model.model", path)
     mine, theirs = current["data"].get("factbase"), saved["data"].get("factbase")
     if mine and theirs and mine.get("fingerprint") != theirs.get("fingerprint"):

@@ -2,8 +2,8 @@
 
 All of the run's parameters must be the model's and fit, and the other way round. A model that drafts
 (``toolmem.models.drafting``) takes its base's from the run, and its heads too where the run's model is of
-the same class; else they start anew. What else a run has (its optimizer, its step) is not taken: that is
-to go on with it, ``--resume``.
+the same class; else they start anew. Adapters of the run's come merged, those of this run begin anew. What
+else a run has (its optimizer, its step) is not taken: that is to go on with it, ``--resume``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from toolmem.class_path import import_class
 from toolmem.errors import ToolmemError
 from toolmem.models import LanguageModel
 from toolmem.models.drafting import Drafting
+from toolmem.models.lora import is_adapter, start_adapters
 from toolmem.training import compatibility
 
 HEADS = "multi_token."
@@ -95,7 +96,7 @@ def load_initial_weights(
     )
     if anew:
         saved = {name: value for name, value in saved.items() if not name.startswith(HEADS)}
-    wanted = [name for name in own if not (anew and name.startswith(HEADS))]
+    wanted = [name for name in own if not (is_adapter(name) or (anew and name.startswith(HEADS)))]
     faults = [
         _list("it has no", (name for name in wanted if name not in saved)),
         _list("this model has no", (name for name in saved if name not in own)),
@@ -115,6 +116,7 @@ def load_initial_weights(
             "(its config.yaml says how)"
         )
     model.load_state_dict(saved, strict=False)
+    start_adapters(model)
     if isinstance(model, Drafting) and anew:
         model.start_heads()
 

@@ -31,11 +31,13 @@ from toolmem import checkpoints
 from toolmem.data.batch import Batch
 from toolmem.errors import ToolmemError
 from toolmem.models import LanguageModel
+from toolmem.models.chunked_loss import summed_cross_entropy
 from toolmem.models.context import Extras
 from toolmem.models.fused_training import FusedChoice
 from toolmem.models.kernel_choice import KernelChoice
+from toolmem.models.lora import LoRA
 from toolmem.models.recompute import ActivationCheckpointing
-from toolmem.training import compatibility
+from toolmem.training import compatibility, finetuning
 from toolmem.training.body import Compilations, CompileChoice, training_body
 from toolmem.training.initial_weights import load_initial_weights
 from toolmem.training.metrics import (
@@ -58,6 +60,10 @@ if TYPE_CHECKING:
 # Gradients are kept as sums of token losses times this until they are divided. A power of two costs
 # no precision, and keeps float16's gradients in range from the first steps on.
 SUM_SCALE = 2.0**-10
+
+
+# More logits than these are not held at once, unless the config says so: a quarter of a GB in float32.
+MANY_LOGITS = 1 << 26
 
 
 class LanguageModelModule(pl.LightningModule):
@@ -85,6 +91,14 @@ class LanguageModelModule(pl.LightningModule):
             None for none.
         sequence_parallel: under tensor parallelism (``trainer.strategy: ModelParallelStrategy``) split the
             stream between layers over tokens too (arXiv 2205.05198), which saves memory.
+        lora: adapters, which alone are trained; None for none. Checkpoints keep them apart, and whatever
+            loads one merges them.
+        freeze: regular expressions; a parameter that has one in its name is not trained.
+        layer_lr_decay: each layer's learning rate is so much times that of the layer above it (arXiv
+            1801.06146); 1 for one rate.
+        neftune_alpha: size of the noise on embedded tokens in training (NEFTune, arXiv 2310.05914, has 5 to
+            15); 0 for none.
+        loss_chunk: how many tokens' logits are held at once; null chooses where they are many, 0 holds all.
         fsdp_param_dtype: under FSDP2 and mixed precision, what parameters are gathered in (its
             ``MixedPrecisionPolicy``), for half the communication; None gathers float32.
     """
@@ -102,6 +116,11 @@ class LanguageModelModule(pl.LightningModule):
         activation_checkpointing: ActivationCheckpointing | None = None,
         sequence_parallel: bool = False,
         fsdp_param_dtype: Literal["float16", "bfloat16"] | None = None,
+        lora: LoRA | None = None,
+        freeze: tuple[str, ...] = (),
+        layer_lr_decay: float = 1.0,
+        neftune_alpha: float = 0.0,
+        loss_chunk: int | None = None,
     ) -> None:
         super().__init__()
         if z_loss < 0:
@@ -109,7 +128,13 @@ class LanguageModelModule(pl.LightningModule):
         self.z_loss = z_loss
         self.init_from = init_from
         model.use_attention(attention_kernel)
+        finetuning.prepare(model, lora, freeze, layer_lr_decay, neftune_alpha)
         self.model = model
+        self.lora = lora
+        self.layer_lr_decay = layer_lr_decay
+        self.loss_chunk = loss_chunk
+        if loss_chunk is not None and (reason := self._why_no_chunks(loss_chunk)) is not None:
+            raise ToolmemError(f"model.loss_chunk is {loss_chunk}: {reason}")
         self.optimizer_config = optimizer
         self.schedule = schedule
         self.compile_model = compile
@@ -155,6 +180,11 @@ class LanguageModelModule(pl.LightningModule):
         """
         if self.trainer.world_size == 1 and self.device_mesh is None:
             return
+        if self.device_mesh is not None and self.lora is not None:
+            raise ToolmemError(
+                "model.lora does not go with trainer.strategy: ModelParallelStrategy: use ddp (adapters are "
+                "small, and frozen weights need no optimizer)"
+            )
         from toolmem.training.parallel.setup import set_up
 
         self._class_path = self._class_path or checkpoints.class_path(self.model)
@@ -181,13 +211,61 @@ class LanguageModelModule(pl.LightningModule):
             hidden: the model's body; ``model.hidden`` when None.
             extras: takes the model's own terms of the loss, and its figures.
         """
-        losses = self.token_losses(batch, hidden or self.model.hidden, extras)
-        return losses.sum(), losses.numel()
+        total, losses = self._summed_losses(batch, hidden or self.model.hidden, extras)
+        return total, losses.numel()
+
+    def _summed_losses(
+        self, batch: Batch, hidden: Callable[..., Tensor], extras: Extras | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The summed cross-entropy, for its gradients, and that of each loss-bearing token, to look at."""
+        states, targets = self._states_and_targets(batch, hidden, extras)
+        chunk = self._chunk(len(targets))
+        if chunk:
+            model = self.model
+            states = states if model.logit_scale == 1.0 else states * model.logit_scale
+            return summed_cross_entropy(
+                states, model.head.weight, targets, chunk, model.logit_softcap
+            )
+        losses = F.cross_entropy(self._logits(states, extras), targets, reduction="none")
+        return losses.sum(), losses.detach()
+
+    def _chunk(self, rows: int) -> int:
+        """How many rows' logits to hold at once; 0 for all."""
+        if self.loss_chunk == 0 or self._why_no_chunks() is not None:
+            return 0
+        if self.loss_chunk is None:
+            few = rows * self.model.vocab_size <= MANY_LOGITS
+            return 0 if few else max(MANY_LOGITS // (4 * self.model.vocab_size), 64)
+        return self.loss_chunk if rows > self.loss_chunk else 0
+
+    def _why_no_chunks(self, asked: int | None = None) -> str | None:
+        """Why the head and its loss cannot be computed by chunks; None where they can."""
+        if asked is not None and asked < 0:
+            return "it must be 0 (all at once) or more, or null"
+        if asked == 0:
+            return None
+        if self.z_loss:
+            return "z_loss is of all logits at once: leave one of them out"
+        head = self.model.head
+        if type(head) is not torch.nn.Linear or head.bias is not None:
+            return (
+                f"the head is a {type(head).__name__}, not a plain linear map: leave loss_chunk out"
+            )
+        if type(self.model).logits is not LanguageModel.logits:
+            return f"{type(self.model).__name__} has a head of its own: leave loss_chunk out"
+        if self.__dict__.get("sharded"):
+            return "the head is split over devices: leave loss_chunk out"
+        kind = head.weight.device.type
+        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
+            return "float16 needs its losses scaled"
+        return None
 
     def token_losses(
         self, batch: Batch, hidden: Callable[..., Tensor], extras: Extras | None = None
     ) -> Tensor:
         """Cross-entropy of each loss-bearing token in reading order, in nats, float32 or wider."""
+        if not torch.is_grad_enabled():
+            return self._summed_losses(batch, hidden, extras)[1]
         logits, targets = self.logits_and_targets(batch, hidden, extras)
         return F.cross_entropy(logits, targets, reduction="none")
 
@@ -204,6 +282,13 @@ class LanguageModelModule(pl.LightningModule):
         Returns:
             (tokens, vocab_size) float32 or wider, and (tokens,) int64.
         """
+        states, targets = self._states_and_targets(batch, hidden, extras)
+        return self._logits(states, extras), targets
+
+    def _states_and_targets(
+        self, batch: Batch, hidden: Callable[..., Tensor], extras: Extras | None
+    ) -> tuple[Tensor, Tensor]:
+        """What the head reads of each loss-bearing token, (tokens, dim), and what it is to predict."""
         states = hidden(batch.tokens, documents=batch.documents, spans=batch.spans, extras=extras)
         if extras is not None and self.model.multi_token is not None:
             self.model.multi_token.add_losses(
@@ -220,13 +305,16 @@ class LanguageModelModule(pl.LightningModule):
         positions = batch.positions()
         if positions.numel() < targets.numel():
             states, targets = states.index_select(0, positions), targets.index_select(0, positions)
+        return states, targets
+
+    def _logits(self, states: Tensor, extras: Extras | None) -> Tensor:
         logits = self.model.logits(states)
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
         if extras is not None and self.z_loss:
             squares = logits.logsumexp(dim=-1).square()
             extras.add_loss("train/z_loss", self.z_loss * squares.sum() / max(len(squares), 1))
-        return logits, targets
+        return logits
 
     # ---- training
 
@@ -238,9 +326,9 @@ class LanguageModelModule(pl.LightningModule):
         if batch.dialogues is None:
             loss, count = self.loss_sum(batch, self._hidden, extras)
         else:
-            losses = self.token_losses(batch, self._hidden, extras)
-            loss, count = losses.sum(), losses.numel()
-            of_each = batch.sums_by_document(losses.detach(), len(batch.dialogues))
+            loss, losses = self._summed_losses(batch, self._hidden, extras)
+            count = losses.numel()
+            of_each = batch.sums_by_document(losses, len(batch.dialogues))
             self.trainer.datamodule.learned(batch, of_each)  # type: ignore[attr-defined]
         self.train_loss.update(loss.detach(), count)
         if extras.losses or extras.metrics:
@@ -307,6 +395,7 @@ class LanguageModelModule(pl.LightningModule):
         """Lightning's hook: one optimizer, its schedule stepped with it."""
         total = self.trainer.max_steps
         optimizer = self.optimizer_config.build(self.model)
+        optimizer = finetuning.decay_by_layer(optimizer, self.model, self.layer_lr_decay)
         optimizer.register_load_state_dict_pre_hook(self._number_states)
         if self.sharded:
             from toolmem.training.parallel.layout import keep_own_order_of_optimizer
@@ -413,10 +502,12 @@ class LanguageModelModule(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add up the batch's loss, and its right answers where the data asks for them."""
+        if not getattr(self.trainer.datamodule, "wants_accuracy", False):  # type: ignore[attr-defined]
+            self.eval_loss.update(*self.loss_sum(batch))
+            return
         logits, targets = self.logits_and_targets(batch, self.model.hidden)
         self.eval_loss.update(F.cross_entropy(logits, targets, reduction="sum"), targets.numel())
-        if getattr(self.trainer.datamodule, "wants_accuracy", False):  # type: ignore[attr-defined]
-            self.eval_accuracy.update((logits.argmax(-1) == targets).sum(), targets.numel())
+        self.eval_accuracy.update((logits.argmax(-1) == targets).sum(), targets.numel())
 
     test_step = validation_step
 
@@ -460,6 +551,8 @@ class LanguageModelModule(pl.LightningModule):
         about = checkpoints.describe(self.model, self._data_info())
         if self._class_path is not None:
             about["model"]["class_path"] = self._class_path
+        if self.lora is not None:
+            about["model"]["lora"] = self.lora.plain()
         return about | {
             "optimizer": compatibility.describe(self.optimizer_config),
             "schedule": compatibility.describe(self.schedule),

@@ -82,6 +82,11 @@ class PopulationModule(LanguageModelModule):
         if at_once is not None and at_once < 1:
             raise ToolmemError(f"model.at_once is {at_once}: it must be 1 or more")
         refuse_model(self.model)
+        if self.lora is not None or self.layer_lr_decay != 1 or self.model.embedding._forward_hooks:
+            raise ToolmemError(
+                "model.lora, model.layer_lr_decay and model.neftune_alpha are not for populations: leave "
+                "them out, or train one model"
+            )
         self.members = members
         self.at_once = at_once
         self.optimizers_of = [
