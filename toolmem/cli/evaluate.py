@@ -1,4 +1,4 @@
-"""``toolmem evaluate``: what a trained model recalls, with exact counts and intervals."""
+"""``toolmem evaluate``: what a model recalls, how it does at tasks, and how far it has gone from its base."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from toolmem.generation import Engine, Ranks
     from toolmem.run import Run
 
-TASKS = ("recall",)
 CHUNK = 512
 
 
@@ -29,6 +28,14 @@ def evaluate(
     checkpoint: str,
     tasks: str = "recall",
     out: str | None = None,
+    base: str | None = None,
+    limit: int | None = None,
+    n_shots: int | None = None,
+    chat: bool | None = None,
+    window: int | None = None,
+    stride: int | None = None,
+    store_base: str | None = None,
+    top_k: int = 64,
     n_questions: int = 1024,
     factbase: str | None = None,
     allow_other_factbase: bool = False,
@@ -39,13 +46,29 @@ def evaluate(
     attention: KernelChoice = "auto",
     device: str = "cpu",
 ) -> None:
-    """Measure what a trained model recalls, per attribute, on known and on unseen people.
+    """Measure what a model recalls, how it does at tasks, and how far it has gone from its base.
+
+    With --compare A.json B.json two files of results are compared; with --watch RUN a run's checkpoints are
+    evaluated as they come.
 
     Args:
         checkpoint: a run's folder, or a .ckpt file.
-        tasks: what to measure, separated by commas: recall.
-        out: a JSON file for the results, with exact counts and 95 % intervals. Beside it NAME.answers.jsonl
-            takes each answer as it comes; a call that was killed goes on from there.
+        tasks: what to measure, separated by commas: recall (per attribute, on known and on unseen people),
+            TASK=FILE.jsonl (a task by the recipe of that name in recipes/evaluation/, or my.yaml=FILE.jsonl,
+            or any name for files of query/choices/gold, context/continuation or context/answer/aliases),
+            perplexity=TEXT, divergence=TEXT (from --base). A text is a .txt, .jsonl or .parquet file.
+        out: a JSON file for the results, with counts and 95 % intervals. Beside it NAME.answers.jsonl and, of
+            each task, NAME.TASK.answers.jsonl take each answer as it comes; a call that was killed goes on
+            from there.
+        base: of divergence: the checkpoint to compare with, or what --store_base wrote of it.
+        limit: the first so many questions of each task, and windows of each text.
+        n_shots: examples before each question; as the task's recipe says by default.
+        chat: ask in the model's own chat format; as the task's recipe says by default.
+        window: tokens of a text that are read at once; 1024, if the model can, by default.
+        stride: tokens by which the window moves; as long as the window by default.
+        store_base: a safetensors file for this checkpoint's likeliest tokens at every position of the text
+            of divergence, to be another call's --base.
+        top_k: tokens kept by it at each position.
         n_questions: asked of known people, and of unseen people, at most.
         factbase: the DuckDB file with the facts (default: facts.duckdb in the run's folder).
         allow_other_factbase: accept a factbase whose facts are not those of training.
@@ -57,16 +80,17 @@ def evaluate(
             (the package flash-attn, on CUDA), plain (the reference), or the one for the device (auto).
         device: where the model runs.
     """
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
-    for name in names:
-        if name not in TASKS:
-            raise ToolmemError(f"--tasks: unknown task {name!r}: choose from {', '.join(TASKS)}")
-    if not names or min(n_questions, batch_size, ranks) < 1:
-        raise ToolmemError(
-            "--tasks names no task, or --n_questions, --batch_size or --ranks is below 1"
-        )
+    from toolmem.evaluation.suite import Asking, parse_tasks
+
+    specs = parse_tasks(tasks)
+    numbers = {"n_questions": n_questions, "batch_size": batch_size, "ranks": ranks}
+    numbers |= {"limit": 1 if limit is None else limit, "top_k": top_k}
+    for key, number in numbers.items():
+        if number < 1:
+            raise ToolmemError(f"--{key} is {number}: it must be 1 or more")
     if compile and ranks > 1:
         raise ToolmemError("--compile: each of the --ranks would compile for itself: leave one out")
+    from toolmem.cli.evaluate_parts import Parts
     from toolmem.run import load
 
     began = time.perf_counter()
@@ -77,27 +101,49 @@ def evaluate(
         attention=attention,
         device=device,
     )
-    told = {}
-    options = {"max_lanes": batch_size, "invariant": invariant}
-    asked = questions_of(run, n_questions)
-    many = run.ranks(ranks, **options) if ranks > 1 else contextlib.nullcontext()
-    with contextlib.ExitStack() as stack:
-        answers = None
-        if out is not None:
-            how: dict[str, Any] = {
-                "batch_size": batch_size,
-                "invariant": invariant,
-                "ranks": ranks,
-                "compile": compile,
-            }
-            how |= {"attention": attention, "device": device}
-            answers = stack.enter_context(answers_beside(Path(out), run, asked, how))
-        pool = stack.enter_context(many)
-        engine = stack.enter_context(compiled_engine(run, compile, **options))
-        results = measure(run, asked, batch_size, invariant, pool or engine, answers)
-        if engine is not None:
-            told["compile_seconds"] = round(engine.stats().compile_seconds, 3)
-    show(results)
+    asking = Asking(
+        batch_size=batch_size,
+        invariant=invariant,
+        limit=limit,
+        n_shots=n_shots,
+        chat=chat,
+        window=window,
+        stride=stride,
+    )
+    others = [spec for spec in specs if spec.kind != "recall"]
+    parts = Parts(run.model, run.tokenizer, run.checkpoint.step, others, asking, base=base)
+    if store_base is not None:
+        parts.store_base(store_base, top_k)
+        others = [spec for spec in others if spec.kind != "divergence"]
+    told: dict[str, Any] = {}
+    found: dict[str, Any] = {}
+    recalls = len(others) < len(specs) and any(spec.kind == "recall" for spec in specs)
+    if recalls:
+        options = {"max_lanes": batch_size, "invariant": invariant}
+        asked = questions_of(run, n_questions)
+        many = run.ranks(ranks, **options) if ranks > 1 else contextlib.nullcontext()
+        with contextlib.ExitStack() as stack:
+            answers = None
+            if out is not None:
+                how: dict[str, Any] = {
+                    "batch_size": batch_size,
+                    "invariant": invariant,
+                    "ranks": ranks,
+                    "compile": compile,
+                }
+                how |= {"attention": attention, "device": device}
+                answers = stack.enter_context(answers_beside(Path(out), run, asked, how))
+            pool = stack.enter_context(many)
+            engine = stack.enter_context(compiled_engine(run, compile, **options))
+            results = measure(run, asked, batch_size, invariant, pool or engine, answers)
+            if engine is not None:
+                told["compile_seconds"] = round(engine.stats().compile_seconds, 3)
+        show(results)
+        found["recall"] = {split: result.as_dict() for split, result in results.items()}
+    how_parts = {"attention": attention, "device": device}
+    measured = parts.measure(others, None if out is None else Path(out), how_parts)
+    if measured:
+        found["tasks"] = measured
     seconds = time.perf_counter() - began - sum(told.values())
     if out is not None:
         write_json(
@@ -105,7 +151,7 @@ def evaluate(
             {
                 "checkpoint": str(run.checkpoint.path),
                 "step": run.checkpoint.step,
-                "recall": {split: result.as_dict() for split, result in results.items()},
+                **found,
                 "seconds": round(seconds, 3),
                 **told,
             },
@@ -131,12 +177,19 @@ def answers_beside(
     Raises:
         ToolmemError: when it cannot be written.
     """
-    import toolmem
-    from toolmem.evaluation.answers import Answers, questions_digest, weights_digest
-
     path = out.with_name(f"{out.stem}.answers.jsonl")
     if out.exists():  # a call that came to its end wrote it: this is another
         path.unlink(missing_ok=True)
+    return recall_answers(path, run, asked, how)
+
+
+def recall_answers(
+    path: Path, run: Run, asked: dict[str, list[Dialogue]], how: dict[str, Any]
+) -> Answers:
+    """A file of answers, taken up where it is about the same; arguments as ``answers_beside``."""
+    import toolmem
+    from toolmem.evaluation.answers import Answers, questions_digest, weights_digest
+
     about = {
         "step": run.checkpoint.step,
         "weights": weights_digest(run.model),
@@ -205,10 +258,34 @@ def cell(score: Any) -> str:
 
 def main(command: str, argv: list[str]) -> int:
     """Entry."""
-    call(
-        evaluate,
-        argv,
-        prog=f"toolmem {command}",
-        example="toolmem evaluate --checkpoint runs/first --tasks recall --out results.json",
-    )
+    prog = f"toolmem {command}"
+    flags = [word.partition("=")[0] for word in argv]
+    if "--compare" in flags:
+        from toolmem.cli.evaluate_compare import compare_results
+
+        rest = [word for word in argv if word != "--compare"]
+        call(
+            compare_results,
+            rest,
+            prog=f"{prog} --compare",
+            positional=("first", "second"),
+            example="toolmem evaluate --compare before.json after.json",
+        )
+    elif "--watch" in flags:
+        from toolmem.cli.evaluate_watch import watch_run
+
+        call(
+            watch_run,
+            ["--help"] if {"-h", "--help"} & set(flags) else argv,
+            prog=prog,
+            example="toolmem evaluate --watch runs/first --tasks recall,arc_easy=arc_easy.jsonl",
+        )
+    else:
+        call(
+            evaluate,
+            argv,
+            prog=prog,
+            example="toolmem evaluate --checkpoint runs/first --tasks recall --out results.json; toolmem "
+            "evaluate --compare before.json after.json; toolmem evaluate --watch runs/first",
+        )
     return 0

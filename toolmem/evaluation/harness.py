@@ -29,6 +29,7 @@ from toolmem.generation.reference import check_all
 from toolmem.generation.requests import Request
 from toolmem.generation.sampling import Greedy, Sampling
 from toolmem.models import LanguageModel
+from toolmem.models.kernel_choice import KernelChoice
 
 MAX_NEW_TOKENS = 256  # lm-eval's own
 
@@ -62,7 +63,7 @@ class ToolmemLM(TemplateLM):
         max_batch_size: int | str | None = None,
         max_length: int | None = None,
         device: str | None = "cpu",
-        attention: str = "auto",
+        attention: KernelChoice = "auto",
         invariant: bool = False,
     ) -> None:
         super().__init__()
@@ -71,7 +72,7 @@ class ToolmemLM(TemplateLM):
             model, tokenizer = loaded.model, loaded.tokenizer
         if model is None or tokenizer is None:
             raise ToolmemError("toolmem: name a checkpoint, or give model and tokenizer")
-        model.use_attention(attention)  # type: ignore[arg-type]
+        model.use_attention(attention)
         self.model = model.eval()
         self.encoder = tokenizer
         self.batch_size = 64 if batch_size == "auto" else int(batch_size)
@@ -98,7 +99,7 @@ class ToolmemLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation, and whether it is what greedy decoding gives."""
         pairs = [
-            encode_pair(self.encoder, *request.args, empty=self.eot_token_id)
+            encode_pair(self.encoder, request.args[0], request.args[1], self.eot_token_id)
             for request in requests
         ]
         found = self._scored(pairs)

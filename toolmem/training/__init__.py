@@ -31,6 +31,7 @@ __getattr__, __dir__, __all__ = attach(
         "NormProbe": "toolmem.training.callbacks",
         "Progress": "toolmem.training.callbacks",
         "RecallProbe": "toolmem.training.callbacks",
+        "TaskProbe": "toolmem.training.callbacks",
         "Throughput": "toolmem.training.callbacks",
         "TokenLossProbe": "toolmem.training.callbacks",
     },
