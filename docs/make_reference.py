@@ -21,6 +21,8 @@ from toolmem.cli import facts as facts_cli
 from toolmem.cli.convert import convert
 from toolmem.cli.demo import demo
 from toolmem.cli.evaluate import evaluate
+from toolmem.cli.evaluate_compare import compare_results
+from toolmem.cli.evaluate_watch import watch_run
 from toolmem.cli.generate import generate
 from toolmem.cli.inspect import inspect as inspect_recipe
 from toolmem.cli.inspect_init import inspect_init
@@ -61,6 +63,7 @@ from toolmem.training import (
     Muon,
     NormProbe,
     RecallProbe,
+    TaskProbe,
     TokenLossProbe,
 )
 
@@ -203,7 +206,7 @@ def page() -> str:
             (Transformer, MoETransformer, Mamba, Mamba2, RNN, LinearAttention, Hybrid),
         ),
         ("toolmem.training", (Muon, AdamW, WSD, Cosine, Linear, InverseSqrt, Constant)),
-        ("toolmem.training", (Flops, EMA, BatchSizeWarmup, TokenLossProbe, MemoryUse)),
+        ("toolmem.training", (Flops, EMA, BatchSizeWarmup, TokenLossProbe, TaskProbe, MemoryUse)),
     ):
         for cls in classes:
             text += f"#### {package}.{cls.__name__}\n\n{summary(cls)}{table(cls, '')}"
@@ -211,6 +214,8 @@ def page() -> str:
     text += command("toolmem generate", generate)
     text += command("toolmem serve", serve)
     text += command("toolmem evaluate", evaluate)
+    text += command("toolmem evaluate --compare", compare_results, ("first", "second"))
+    text += command("toolmem evaluate --watch", watch_run)
     text += command("toolmem inspect", inspect_recipe)
     text += command("toolmem inspect init", inspect_init)
     text += command("toolmem plan", plan)

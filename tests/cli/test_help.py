@@ -24,7 +24,8 @@ HEAVY = {
 }
 # every command line that has a --help of its own
 HELPS = [
-    "demo", "fit", "validate", "test", "predict", "sweep", "generate", "serve", "evaluate", "inspect",
+    "demo", "fit", "validate", "test", "predict", "sweep", "generate", "serve", "evaluate",
+    "evaluate --compare", "evaluate --watch", "inspect",
     "inspect init", "plan", "plot", "plot norms", "plot circuits", "plot DIR", "convert", "facts",
     "facts build", "facts show", "tool", "tool sql", "tool calculator", "tokenizer", "tokenizer train",
     "wandb", "wandb sync",

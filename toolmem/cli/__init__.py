@@ -20,7 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("toolmem.cli.serve", "a trained model behind OpenAI's API, with a chat page"),
     "evaluate": (
         "toolmem.cli.evaluate",
-        "recall of a trained model, with exact counts and intervals",
+        "recall, tasks and divergence of a model, with intervals; two compared; a run watched",
     ),
     "inspect": ("toolmem.cli.inspect", "parameters, FLOPs and memory of a recipe's model"),
     "plan": (
