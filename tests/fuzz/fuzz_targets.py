@@ -405,6 +405,66 @@ def check_checkpoint_header(example: tuple[str, list[Any]]) -> None:
     load_bytes(form, len(text).to_bytes(8, "little") + text + content[8 + size :])
 
 
+# -- other programs' models
+
+
+@functools.cache
+def gguf_bytes() -> bytes:
+    """A small model as GGUF, with a tokenizer and a chat template."""
+    from toolmem import checkpoints
+    from toolmem.checkpoints import exports, pretrained
+    from toolmem.data.hf_tokenizer import HFTokenizer
+    from toolmem.models import Transformer
+
+    template = "{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}"
+    tokenizer = HFTokenizer.pretrained(
+        json.dumps(tokenizer_json()), template, {"eos_token": "<|end|>"}
+    )
+    size = tokenizer.vocab_size
+    model = Transformer(size, dim=8, n_layers=2, n_heads=2, max_seq_len=16, hidden_dim=8)
+    about = checkpoints.describe(model, {"tokenizer": tokenizer.spec(), "factbase": None})
+    state = {f"model.{name}": value for name, value in model.state_dict().items()}
+    path = FOLDER / "whole.ckpt"
+    checkpoints.write({"state_dict": state, "toolmem": about, "global_step": 3, "epoch": 0}, path)
+    with pretrained.open_model(path) as opened:
+        exports.write_gguf_file(opened, FOLDER / "whole.gguf")
+    return (FOLDER / "whole.gguf").read_bytes()
+
+
+def check_gguf(changes: list[Any]) -> None:
+    """A GGUF file's bytes become a checkpoint, or are refused by name."""
+    from toolmem.cli.convert import convert
+
+    path = FOLDER / "changed.gguf"
+    path.write_bytes(mutated(gguf_bytes(), changes))
+    with only_told(), contextlib.redirect_stdout(io.StringIO()):
+        convert(str(path), str(FOLDER / "from.ckpt"), overwrite=True)
+
+
+@functools.cache
+def model_folder() -> Path:
+    """It as a Hugging Face folder."""
+    from toolmem.checkpoints import exports, pretrained
+
+    gguf_bytes()
+    with pretrained.open_model(FOLDER / "whole.gguf") as opened:
+        exports.write_huggingface(opened, FOLDER / "model")
+    return FOLDER / "model"
+
+
+def check_model_config(edits: list[Any]) -> None:
+    """What a folder's config.json says fits its weights, or is refused by name."""
+    from toolmem.cli.convert import convert
+
+    path = model_folder() / "config.json"
+    good = path.with_suffix(".good")
+    if not good.exists():
+        good.write_bytes(path.read_bytes())
+    path.write_text(json.dumps(edited(json.loads(good.read_text()), edits)))
+    with only_told(), contextlib.redirect_stdout(io.StringIO()):
+        convert(str(model_folder()), str(FOLDER / "from.ckpt"), overwrite=True)
+
+
 # -- configs
 
 
@@ -518,6 +578,8 @@ TARGETS: dict[str, Target] = {
         check_checkpoint_header,
     ),
     "checkpoint_words": (EDITS, check_checkpoint_words),
+    "gguf": (CHANGES, check_gguf),
+    "model_config": (EDITS, check_model_config),
     "yaml": (YAML_TEXTS, check_yaml),
     "config": (SMALL_EDITS, check_config),
     "sweep": (EDITS, check_sweep),

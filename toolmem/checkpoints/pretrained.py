@@ -6,7 +6,7 @@ they are written somewhere (``exports.py``), so that no model is ever in memory 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from toolmem.data.tokenizers import Tokenizer
+    from toolmem.models.interop.architectures import Architecture
     from toolmem.models.interop.rules import Lazy
 
 INDEX = "model.safetensors.index.json"
@@ -114,7 +115,6 @@ def open_model(source: str | Path) -> Iterator[Portable]:
 
 def _from_gguf(path: Path, stack: ExitStack) -> Portable:
     from toolmem.data.pretrained_tokenizers import GGML, tokenizer_from_gguf
-    from toolmem.models.interop.architectures import architecture_of
     from toolmem.models.interop.gguf import GGUFFile
     from toolmem.models.interop.gguf_models import config_of, tensors_of
 
@@ -125,7 +125,6 @@ def _from_gguf(path: Path, stack: ExitStack) -> Portable:
     except (OSError, ValueError) as error:
         raise ToolmemError(f"cannot read {path}: {error}") from error
     config = config_of(file)
-    architecture_of(config, str(path))
     tokenizer = tokenizer_from_gguf(file.metadata, config["vocab_size"], str(path))
     about = {"gguf_split": file.metadata.get(GGML + "pre")}
     name = file.metadata.get("general.name")
@@ -175,16 +174,18 @@ def _from_huggingface(folder: Path, stack: ExitStack) -> Portable:
     from toolmem.data.pretrained_tokenizers import read_json, tokenizer_from_folder
 
     config = read_json(folder / CONFIG)
-    if config.get("quantization_config"):
+    if quantised := config.get("quantization_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         raise ToolmemError(
-            f"{folder}: its weights are quantised ({config['quantization_config'].get('quant_method')}), "
-            "which is not read here"
+            f"{folder}: its weights are quantised ({method}), which is not read here"
         )
-    index = read_json(folder / INDEX)
-    names = sorted(set(index["weight_map"].values())) if index.get("weight_map") else [WEIGHTS]
+    places = read_json(folder / INDEX).get("weight_map") or {WEIGHTS: WEIGHTS}
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise ToolmemError(f"{folder / INDEX}: its weight_map does not name files")
+    names = sorted(set(places.values()))
     tensors: dict[str, Lazy] = {}
     for name in names:
-        path = folder / str(name)
+        path = folder / Path(name).name
         if not path.is_file():
             raise ToolmemError(
                 f"{folder} has no {name}: weights are read from safetensors files ({WEIGHTS}, or those that "
@@ -193,12 +194,27 @@ def _from_huggingface(folder: Path, stack: ExitStack) -> Portable:
         with explained(path):
             file = stack.enter_context(TensorFile(path))
         tensors |= {name: Stowed(file, name) for name in file.entries}
-    tokenizer = tokenizer_from_folder(folder, int(config.get("vocab_size") or 0))
-    spec = {"type": "symbols", "vocab_size": config.get("vocab_size")}
+    vocab_size = _architecture(folder, config, tensors)[1]["vocab_size"]
+    tokenizer = tokenizer_from_folder(folder, vocab_size)
+    spec = {"type": "symbols", "vocab_size": vocab_size}
     if tokenizer is not None:
         spec = tokenizer.spec()
     about = {"generation": read_json(folder / "generation_config.json")}
     return _portable(folder, folder.name, config, tensors, spec, about)
+
+
+def _architecture(
+    path: Path, config: Mapping[str, Any], theirs: Collection[str]
+) -> tuple[Architecture, dict[str, Any]]:
+    """The architecture of a config, and options of ours, none of them beyond all measure."""
+    from toolmem.models.interop.architectures import architecture_of
+
+    architecture = architecture_of(config, str(path))
+    limits = {"num_hidden_layers": len(theirs), "max_position_embeddings": LONGEST_CONTEXT}
+    for key, most in limits.items():
+        if isinstance(config.get(key), int | float) and config[key] > most:
+            raise ToolmemError(f"{path}: its {key} is {config[key]:,}, and {most:,} are the most")
+    return architecture, architecture.options(config, str(path))
 
 
 def _portable(
@@ -209,19 +225,10 @@ def _portable(
     tokenizer: dict[str, Any],
     about: dict[str, Any],
 ) -> Portable:
-    from toolmem.models.interop.architectures import architecture_of
     from toolmem.models.interop.rules import take
 
-    architecture = architecture_of(config, str(path))
-    for key, most in {
-        "num_hidden_layers": len(theirs), "max_position_embeddings": LONGEST_CONTEXT,
-    }.items():  # fmt: skip
-        if isinstance(config.get(key), int | float) and config[key] > most:
-            raise ToolmemError(f"{path}: its {key} is {config[key]:,}, and {most:,} are the most")
-    spec: dict[str, Any] = {
-        "class_path": architecture.class_path,
-        "init_args": architecture.options(config, str(path)),
-    }
+    architecture, options = _architecture(path, config, theirs)
+    spec: dict[str, Any] = {"class_path": architecture.class_path, "init_args": options}
     model = meta_model(spec, theirs.values(), path)
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     tied = bool(spec["init_args"]["tie_embeddings"])

@@ -55,7 +55,7 @@ class Architecture:
             raise ToolmemError(f"{where}: {error}") from error
         except KeyError as error:
             raise ToolmemError(f"{where}: a config of {self.name} needs {error.args[0]}") from error
-        except (TypeError, ValueError, ArithmeticError) as error:
+        except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
             raise ToolmemError(f"{where}: a value of its config is of no use ({error})") from error
 
     def config(self, init_args: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,13 +125,13 @@ def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
         ToolmemError: for one that there is not, naming it.
     """
     name = config.get("model_type")
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise ToolmemError(
-            f"{where}: models of architecture {name!r} are not read here; there are "
+            f"{where}: models of architecture {name!r:.60} are not read here; there are "
             f"{', '.join(ARCHITECTURES)}. Any causal model of transformers generates by "
             "toolmem.models.interop.adapter.Adapter"
         )
-    return ARCHITECTURES[str(name)]
+    return ARCHITECTURES[name]
 
 
 def architecture_for(
