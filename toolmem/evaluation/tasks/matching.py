@@ -1,4 +1,4 @@
-"""Whether what a model said is an answer, normalised as TriviaQA and SQuAD do (1705.03551, 1606.05250)."""
+"""Whether what a model said is an answer, both normalised as TriviaQA's script does (arXiv 1705.03551)."""
 
 from __future__ import annotations
 
