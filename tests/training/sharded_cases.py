@@ -11,7 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from parallel_cases import RowsData, quiet, transformer, whole_weights
+from parallel_cases import MODELS, RowsData, quiet, transformer, whole_weights
 
 from toolmem.training import TRAINER_DEFAULTS, WSD, AdamW, Checkpointing, LanguageModelModule
 
@@ -31,6 +31,10 @@ class Run:
         dropout: of the model.
         options: of Checkpointing.
         whole: save one file for all ranks.
+        model: of ``parallel_cases.MODELS``; the plain Transformer when None.
+        ddp: so many processes with a copy of the model each.
+        accumulate: batches a step.
+        cut: batch after which ``cut.ckpt`` is saved, also within a step.
     """
 
     folder: str
@@ -41,6 +45,23 @@ class Run:
     dropout: float = 0.0
     options: dict[str, Any] | None = None
     whole: bool = False
+    model: str | None = None
+    ddp: int = 0
+    accumulate: int = 1
+    cut: int | None = None
+
+
+class Cut(pl.Callback):
+    """A checkpoint after some batch."""
+
+    def __init__(self, batch: int | None) -> None:
+        self.batch = batch
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, index: int
+    ) -> None:
+        if index + 1 == self.batch:
+            trainer.save_checkpoint(f"{trainer.default_root_dir}/cut.ckpt")
 
 
 class Stop(pl.Callback):
@@ -53,7 +74,9 @@ class Stop(pl.Callback):
 
 def fit(run: Run) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    model = transformer(dim=32, n_heads=8, dropout=run.dropout)
+    model = (
+        MODELS[run.model]() if run.model else transformer(dim=32, n_heads=8, dropout=run.dropout)
+    )
     # An epsilon of the size of gradients' noise: AdamW's first steps divide noise by noise.
     module = LanguageModelModule(
         model, AdamW(lr=1e-3, weight_decay=0.1), WSD(warmup_steps=2), fused=False
@@ -63,6 +86,8 @@ def fit(run: Run) -> dict[str, torch.Tensor]:
         strategy = ModelParallelStrategy(
             run.data, run.tensor, save_distributed_checkpoint=not run.whole
         )
+    elif run.ddp:
+        strategy = "ddp"
     keep = Checkpointing(every_n_steps=2, **(run.options or {}))
     trainer = pl.Trainer(
         **(
@@ -71,14 +96,15 @@ def fit(run: Run) -> dict[str, torch.Tensor]:
                 "max_steps": STEPS,
                 "default_root_dir": run.folder,
                 "accelerator": "cpu",
-                "devices": max(run.data, 1) * run.tensor,
+                "devices": run.ddp or max(run.data, 1) * run.tensor,
                 "strategy": strategy,
                 "logger": False,
                 "enable_checkpointing": True,
                 "enable_progress_bar": False,
                 "gradient_clip_val": 0.5,
                 "limit_val_batches": 0,
-                "callbacks": [Stop(run.stop), keep],
+                "accumulate_grad_batches": run.accumulate,
+                "callbacks": [Cut(run.cut), Stop(run.stop), keep],
             }
         )
     )

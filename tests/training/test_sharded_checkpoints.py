@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from parallel_cases import ROWS, SEQ
 from sharded_cases import Run, fit, in_processes
 
 from toolmem import ToolmemError, checkpoints
@@ -39,6 +40,8 @@ def runs(tmp_path_factory):
     convert.convert(last, root / "one.ckpt", "file")
     convert.convert(root / "one.ckpt", root / "three.ckpt", "folder", 3)
     names = ["tp", "tp_of_one", "tp_of_grid", "drop", "drop_half", "drop_rest", "sync", "whole"]
+    names += ["moe", "moe_rest"]
+    moe = {"model": "moe", "ddp": 2, "accumulate": 3}
     in_two = in_processes(
         2,
         [
@@ -50,6 +53,8 @@ def runs(tmp_path_factory):
             Run(at("drop_rest"), **dropout, resume=at("drop_half/checkpoints/last.ckpt")),
             Run(at("sync"), **dropout, options={"background": False}),
             Run(at("whole"), 1, 2, stop=4, whole=True),
+            Run(at("moe"), **moe, cut=8),
+            Run(at("moe_rest"), **moe, resume=at("moe/cut.ckpt")),
         ],
         str(root),
     )
@@ -93,6 +98,21 @@ def test_of_the_same_layout_to_the_bit_with_dropout(runs):
     states = checkpoints.read(root / "drop" / "checkpoints" / "last.ckpt")["random"]
     assert len(states) == 2
     assert not torch.equal(states[0]["torch"], states[1]["torch"])  # each rank drops its own
+
+
+def test_within_a_step_what_every_rank_gathered_is_kept(runs):
+    """Gradients, and how many tokens chose each expert: two batches of three, of both ranks."""
+    root, found = runs
+    cut = checkpoints.read(root / "moe" / "cut.ckpt")
+    assert cut["global_step"] == 2 and cut["pending_gradients"]
+    loads = [v for k, v in cut["state_dict"].items() if k.endswith(".load")]
+    biases = [name for name in found["moe"] if name.endswith(".bias") and "router" in name]
+    assert loads and biases
+    for load in loads:  # two batches, of both ranks' rows; two experts a token
+        assert load.sum() == 2 * ROWS * SEQ * 2
+    for name in biases:
+        assert torch.equal(found["moe_rest"][name], found["moe"][name]), name
+    assert largest(found["moe_rest"], found["moe"]) < 1e-6
 
 
 def test_in_the_background_the_same_files(runs):

@@ -12,6 +12,7 @@ A module inside may say more of itself, by duck typing:
                                   it has ``whole_group = True``)
     inactive_parameters()         how many of them one token does not use (experts not chosen)
     after_optimizer_step(reduce)  called once a step of training (balancing of experts)
+    counts_of_step                names of buffers that each rank adds to until then
     context.extras                takes terms of the loss and figures to log
 """
 

@@ -65,6 +65,7 @@ class Router(nn.Module):
 
     parameter_group = "router"
     mup_fixed_outputs = ("weight",)  # the number of experts does not grow with the width
+    counts_of_step = ("load",)
 
     bias: Tensor  # (e,) float32, added to scores for choosing
     load: Tensor  # (e,) int64, tokens that chose each expert since the last step

@@ -37,7 +37,7 @@ from toolmem.models.fused_training import FusedChoice
 from toolmem.models.kernel_choice import KernelChoice
 from toolmem.models.lora import LoRA
 from toolmem.models.recompute import ActivationCheckpointing
-from toolmem.training import compatibility, finetuning
+from toolmem.training import accumulation, compatibility, finetuning
 from toolmem.training.body import Compilations, CompileChoice, training_body
 from toolmem.training.initial_weights import load_initial_weights
 from toolmem.training.metrics import (
@@ -386,6 +386,11 @@ class LanguageModelModule(pl.LightningModule):
         group = None if self.ranks is None else self.ranks.data_group
         return self.trainer.strategy.reduce(value, group, reduce_op="sum")
 
+    @property
+    def _data_rank(self) -> int:
+        """The number of this process among those that read different data."""
+        return self.trainer.global_rank if self.ranks is None else self.ranks.data_rank
+
     def _pending_over_ranks(self) -> Tensor:
         return self._sum_over_ranks(
             torch.tensor(self._pending, dtype=torch.float64, device=self.device)
@@ -469,24 +474,16 @@ class LanguageModelModule(pl.LightningModule):
             rewind = getattr(logger, "rewind", None)
             if rewind is not None:
                 rewind(self.trainer.global_step)
-        for name, parameter in self.model.named_parameters():
-            if name in self._restored_gradients:
-                parameter.grad = self._as_gradient(name, parameter)
+        accumulation.put_back(self, self._restored_gradients)
         self._restored_gradients = {}
+        if self._resumed and self._data_rank:
+            accumulation.forget_sums(self.model)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Put random numbers back, once all that draws some before the first batch has done so."""
         if self._restored_random is not None:
             restore_random_state(self._restored_random, self.device)
             self._restored_random = None
-
-    def _as_gradient(self, name: str, parameter: Tensor) -> Tensor:
-        found = self._restored_gradients[name]
-        if not self.sharded:
-            return found.to(parameter)
-        from toolmem.training.parallel.layout import named_orders, spread
-
-        return spread(found.to(parameter.dtype), parameter, named_orders(self.model).get(name))
 
     @contextmanager
     def whole_model(self) -> Iterator[LanguageModel]:
@@ -581,24 +578,9 @@ class LanguageModelModule(pl.LightningModule):
                     checkpoint["optimizer_states"], self.trainer.optimizers, strict=True
                 )
             ]
-        if about[
-            "pending_tokens"
-        ]:  # in the middle of accumulation: what is gathered must not be lost
-            checkpoint["pending_gradients"] = self._pending_gradients()
-
-    def _pending_gradients(self) -> dict[str, Tensor]:
-        found = {
-            name: parameter.grad.detach()
-            for name, parameter in self.model.named_parameters()
-            if parameter.grad is not None
-        }
-        if not self.sharded:
-            reduce = self.trainer.strategy.reduce
-            return {name: reduce(value.clone(), reduce_op="mean") for name, value in found.items()}
-        from toolmem.training.parallel.layout import named_orders, whole
-
-        orders = named_orders(self.model)
-        return {name: whole(value, orders.get(name)) for name, value in found.items()}
+        if about["pending_tokens"]:
+            checkpoint["pending_gradients"] = accumulation.gathered_gradients(self)
+            accumulation.keep_sums(self.model, checkpoint, self._sum_over_ranks)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of something else; take up what ``on_save_checkpoint`` left.
@@ -622,7 +604,7 @@ class LanguageModelModule(pl.LightningModule):
             )
         if "metrics" not in about:
             raise ToolmemError(f"{path} holds weights only: training cannot go on from it")
-        rank = self.trainer.global_rank if self.ranks is None else self.ranks.data_rank
+        rank = self._data_rank
         restore_state(self.train_loss, about["metrics"]["train_loss"], rank)
         restore_state(self.train_tokens, about["metrics"]["train_tokens"], rank)
         self.train_extras.restore_state(about["metrics"].get("train_extras", {}), rank, self.device)
