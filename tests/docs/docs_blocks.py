@@ -80,7 +80,7 @@ def cut_down(code: str) -> str:
         if line.strip() in NEVER_RUN:
             continue
         for command, words in CUT.items():
-            if re.search(rf"\btoolmem {command}\b", line):
+            if re.search(rf"\btoolmem {command}\b(?! --compare)", line):
                 line, hash_, comment = line.partition("  #")
                 line = f"{line} {words}{hash_}{comment}"
         lines.append(line)
