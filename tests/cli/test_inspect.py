@@ -126,7 +126,11 @@ def test_figures_on_paper(toolmem, tmp_path):
     assert found["cache_bytes_per_token"] == 2 * 48 * 4
 
 
-STARTED = [p for p, content in CONTENT.items() if content.get("model", {}).get("init_from")]
+STARTED = [
+    p
+    for p, content in CONTENT.items()
+    if content.get("model", {}).get("init_from") and "model" in content["model"]
+]
 
 
 @pytest.mark.parametrize("recipe", STARTED, ids=lambda path: path.stem)

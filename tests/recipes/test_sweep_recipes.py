@@ -126,7 +126,8 @@ STUDY_TOKENS = 100_000 * 128 * 257  # of a run of the published study, padding a
 
 def test_each_sweep_is_known_here():
     """A new recipe needs an entry in CUT, or it would go untested."""
-    assert {path.stem for path in FOLDER.glob("*.yaml")} == set(CUT)
+    tested_elsewhere = {"finetune_laptop"}  # test_finetune_recipes.py
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == set(CUT) | tested_elsewhere
 
 
 def test_every_trick_is_compared_with_the_plain_recipe():

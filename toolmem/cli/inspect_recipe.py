@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 # What a tokenizer's name is when a recipe does not give it, in the DataModules that have one.
 POPULATION = "toolmem.data.PopulationDataModule"
-TOKENIZED = {"toolmem.data.FactsDataModule": "byte", "toolmem.data.TextDataModule": "byte"}
+FACTS = "toolmem.data.FactsDataModule"
+TOKENIZED = {FACTS: "byte", "toolmem.data.TextDataModule": "byte"}
 
 
 def split_changes(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -77,7 +78,39 @@ def read_recipe(path: str, changes: Mapping[str, str], more: Sequence[str] = ())
         _merge(recipe, _read(other))
     for key, value in changes.items():
         _change(recipe, key, parse_yaml(value, f"--{key}"))
-    return recipe
+    return started(recipe)
+
+
+def started(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe with what it leaves to the run that it starts from (``model.init_from``): the model, and the
+    data's tokenizer, as ``toolmem fit`` fills them in.
+
+    Raises:
+        ToolmemError: where the model is left to a run that is not there.
+    """
+    from toolmem import checkpoints
+    from toolmem.training.initial_weights import model_for
+
+    section, data = recipe.get("model"), recipe.get("data")
+    init_from = section.get("init_from") if isinstance(section, Mapping) else None
+    filled = dict(recipe)
+    if init_from is None or not isinstance(section, Mapping):
+        return filled
+    chosen = section.get("model") or {}
+    if isinstance(chosen, Mapping) and "class_path" not in chosen:
+        base = model_for(init_from)
+        options = {**base["init_args"], **init_args_of(chosen)}
+        filled["model"] = {**section, "model": {**base, "init_args": options}}
+    if isinstance(data, Mapping) and data.get("class_path") == FACTS:
+        options = init_args_of(data)
+        with suppress(ToolmemError):
+            if (
+                "tokenizer" not in options
+                and checkpoints.tokenizer_spec(init_from)["type"] != "byte"
+            ):
+                options["tokenizer"] = str(init_from)
+        filled["data"] = {**data, "init_args": options}
+    return filled
 
 
 def _merge(recipe: dict[str, Any], other: Mapping[str, Any]) -> None:
@@ -159,6 +192,7 @@ def vocab_size_of(data: Any, config: str) -> int:
             raise ToolmemError(f"{config}: data: {size!r:.80} is no size of a vocabulary")
         return size
     if path in TOKENIZED:
+        import toolmem.checkpoints  # noqa: F401 (a tokenizer may be a checkpoint's)
         from toolmem.data.tokenizers import make_tokenizer
 
         return make_tokenizer(str(options.get("tokenizer") or TOKENIZED[path])).vocab_size
@@ -244,6 +278,7 @@ def build(recipe: Mapping[str, Any], config: str) -> LanguageModel:
     from toolmem.class_path import import_class
     from toolmem.models import LanguageModel
 
+    recipe = started(recipe)
     chosen = chosen_model(recipe, config)
     options = dict(init_args_of(chosen))
     base, _ = base_of(recipe, config)

@@ -106,7 +106,7 @@ def model_keys(runs: Sequence[Planned]) -> dict[str, str]:
     Raises:
         ToolmemError: for data that do not tell their vocabulary, naming the run.
     """
-    from toolmem.cli.inspect_recipe import vocab_size_of
+    from toolmem.cli.inspect_recipe import started, vocab_size_of
 
     sizes: dict[str, int] = {}  # many runs have the same data
     keys = {}
@@ -114,7 +114,7 @@ def model_keys(runs: Sequence[Planned]) -> dict[str, str]:
         shape = data_key(run.recipe)
         if shape not in sizes:
             try:
-                sizes[shape] = vocab_size_of(run.recipe.get("data"), "its recipe")
+                sizes[shape] = vocab_size_of(started(run.recipe).get("data"), "its recipe")
             except ToolmemError as error:
                 raise ToolmemError(f"{run.name}: {error}") from error
         section = run.recipe.get("model") or {}
