@@ -14,7 +14,6 @@ from toolmem.evaluation.answers import Answers
 from toolmem.evaluation.examples import ask_in_parts
 from toolmem.evaluation.measures import estimates
 from toolmem.evaluation.tasks import Asked, Task, TaskRecipe, find_recipe
-from toolmem.evaluation.tasks.asking import in_file_order
 from toolmem.generation import generate_naive
 from toolmem.models import Transformer
 
@@ -50,6 +49,10 @@ def write(folder, name):
     path = folder / f"{name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS[name]), encoding="utf-8")
     return str(path)
+
+
+def in_file_order(rows):
+    return sorted(rows, key=lambda row: row["line"])
 
 
 def task_of(folder, name, **options):

@@ -6,7 +6,6 @@ came of it: log-likelihoods in nats, or what the model said.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -281,13 +280,3 @@ class Asked:
 
 def _each(totals: Sequence[float], sizes: Sequence[int]) -> list[float]:
     return [total / max(1, size) for total, size in zip(totals, sizes, strict=True)]
-
-
-def in_file_order(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of a task as its file has the questions."""
-    return sorted(rows, key=lambda row: int(row["line"]))
-
-
-def as_lines(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as JSONL."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -336,7 +336,7 @@ def recipe_by_fields(path: str | Path) -> TaskRecipe:
 def recipe_folder() -> Path:
     """Where the recipes that come with the library are: in the package, or beside it in a checkout."""
     here = Path(__file__).resolve()
-    packed = here.parent / "recipes"
+    packed = here.parents[1] / "task_recipes"  # in wheels: see pyproject.toml
     return packed if packed.is_dir() else here.parents[3] / "recipes" / "evaluation"
 
 
