@@ -25,6 +25,8 @@ __getattr__, __dir__, __all__ = attach(
         "Scorer": "toolmem.evaluation.scoring",
         "Task": "toolmem.evaluation.tasks.asking",
         "TaskRecipe": "toolmem.evaluation.tasks.recipes",
+        "Probed": "toolmem.evaluation.probing",
+        "probe_recall": "toolmem.evaluation.probing",
         "ask_in_parts": "toolmem.evaluation.examples",
         "compare": "toolmem.evaluation.measures",
         "encode_pair": "toolmem.evaluation.scoring",
