@@ -204,8 +204,8 @@ def draw_steps(source: SweepSource, groups: Mapping[tuple[Any, Any], Sequence[Dy
             )  # fmt: skip
     axes.axhline(last, color=GREY, linewidth=0.8)
     axes.annotate(
-        "the run's end; above: never", (0.01, last), xycoords=("axes fraction", "data"), fontsize=7.5,
-        color=GREY, va="bottom",
+        "the run's end; above: never", (0.99, last), xycoords=("axes fraction", "data"), fontsize=7.5,
+        color=GREY, va="bottom", ha="right",
     )  # fmt: skip
     tidy(axes)
     label_x(axes, xs, report.log_x)
