@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from toolmem.data.hf_tokenizer import HFTokenizer
 from toolmem.data.tokenizers import ByteTokenizer
 from toolmem.errors import ToolmemError
 from toolmem.evaluation.scoring import (
@@ -159,3 +160,23 @@ def test_a_long_context_loses_its_beginning():
     assert fitted(pair, 8) == Pair((4, 5, 6, 7, 8, 9), (1, 2, 3))
     with pytest.raises(ToolmemError, match="max_seq_len"):
         fitted(pair, 2)
+
+
+def test_a_pretrained_models_text_begins_as_it_was_trained():
+    """``<s>`` before a context where the tokenizer puts it, and for a text with nothing before it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    backend = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "a": 2, "b": 3, "?": 4}, "?"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(["<s>", "</s>"])
+    special = {"bos_token": "<s>", "eos_token": "</s>"}
+    plain = HFTokenizer.pretrained(backend.to_str(), None, special)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    begun = HFTokenizer.pretrained(backend.to_str(), None, special)
+    for tokenizer, context in ((plain, (2,)), (begun, (0, 2))):
+        assert first_token(tokenizer) == 0
+        assert encode_pair(tokenizer, "a", " b", 0) == Pair(context, (3,))
+        assert encode_pair(tokenizer, "", "b", 0) == Pair((0,), (3,))
+    assert first_token(HFTokenizer.pretrained(backend.to_str(), None, {"eos_token": "</s>"})) == 1

@@ -185,6 +185,12 @@ class HFTokenizer:
             vocab_size=self.chat.get("vocab_size"),
         )
 
+    def special_id(self, name: str) -> int | None:
+        """The id of a pretrained model's ``bos_token``, ``eos_token`` or the like; None where it has none."""
+        text = None if self.chat is None else self.chat["special_tokens"].get(name)
+        found: int | None = None if text is None else self._backend.token_to_id(text)
+        return found
+
     @cached_property
     def prefix_ids(self) -> list[int]:
         """What a text by itself begins with (``<s>``, say), as its model was trained; mostly nothing."""

@@ -22,7 +22,14 @@ from toolmem import checkpoints
 from toolmem.data.tokenizers import Tokenizer
 from toolmem.errors import ToolmemError
 from toolmem.evaluation.perplexity import Perplexity, cut_text
-from toolmem.evaluation.scoring import Pair, Scorer, encode_pair, first_token, fitted
+from toolmem.evaluation.scoring import (
+    Pair,
+    Scorer,
+    encode_pair,
+    first_token,
+    fitted,
+    prefix_of,
+)
 from toolmem.evaluation.tasks.matching import cut
 from toolmem.generation.engine import Engine
 from toolmem.generation.reference import check_all
@@ -177,7 +184,8 @@ class ToolmemLM(TemplateLM):
             raise ToolmemError(
                 f"toolmem: generate_until: {', '.join(options)} of a task's generation_kwargs is not known"
             )
-        tokens = self.encoder.encode(context) or [self.eot_token_id]
+        tokens = self.encoder.encode(context)
+        tokens = [*prefix_of(self.encoder), *tokens] if tokens else [self.eot_token_id]
         length = min(length, self.max_length - 1)
         return Request(
             tokens[-(self.max_length - length) :],

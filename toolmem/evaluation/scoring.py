@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from toolmem.data.hf_tokenizer import HFTokenizer
 from toolmem.errors import ToolmemError
 from toolmem.generation.invariance import check_invariant
 from toolmem.generation.planning import pass_overhead, passes
@@ -115,9 +116,11 @@ def encode_pair(
     whole = tokenizer.encode(stripped + continuation)
     before = tokenizer.encode(stripped) if stripped else []
     after = whole[len(before) :]
-    if not before:
-        if empty is None:
-            raise ToolmemError("the context is empty, and the tokenizer has no token to begin with")
+    if before:
+        before = [*prefix_of(tokenizer), *before]
+    elif empty is None:
+        raise ToolmemError("the context is empty, and the tokenizer has no token to begin with")
+    else:
         before = [empty]
     if not after:
         raise ToolmemError(f"there is nothing to score in {continuation!r} behind the context")
@@ -125,8 +128,21 @@ def encode_pair(
 
 
 def first_token(tokenizer: Tokenizer) -> int | None:
-    """The token that a text with nothing before it is scored after: the one that ends dialogues."""
+    """The token that a text with nothing before it is scored after, as lm-eval chooses it.
+
+    Of a pretrained model the one that begins a text, else the one that ends it; of others the one that ends
+    dialogues.
+    """
+    if isinstance(tokenizer, HFTokenizer):
+        for name in ("bos_token", "eos_token"):
+            if (found := tokenizer.special_id(name)) is not None:
+                return found
     return tokenizer.role_ids.get("end")
+
+
+def prefix_of(tokenizer: Tokenizer) -> list[int]:
+    """What a text by itself begins with as its model was trained; mostly nothing."""
+    return tokenizer.prefix_ids if isinstance(tokenizer, HFTokenizer) else []
 
 
 def fitted(pair: Pair, longest: int) -> Pair:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from toolmem.errors import ToolmemError
-from toolmem.evaluation.scoring import Pair, encode_pair, first_token, fitted
+from toolmem.evaluation.scoring import Pair, encode_pair, first_token, fitted, prefix_of
 from toolmem.evaluation.tasks.items import Item, shown
 
 if TYPE_CHECKING:
@@ -100,7 +100,9 @@ class Prompter:
             tokens = self._as_chat(preamble, prompt)
         else:
             tokens = self.tokenizer.encode(self._plainly(preamble, prompt).rstrip())
-            if not tokens and self._first is not None:
+            if tokens:
+                tokens = [*prefix_of(self.tokenizer), *tokens]
+            elif self._first is not None:
                 tokens = [self._first]
         return tokens[-longest:]
 
