@@ -118,7 +118,8 @@ def write_huggingface(model: Portable, folder: Path, dtype: str | None = None) -
     try:
         temporary.mkdir()
         for name, text in texts.items():
-            (temporary / name).write_text(text + "\n", encoding="utf-8")
+            end = "" if name.endswith(".jinja") else "\n"  # a template's is part of it
+            (temporary / name).write_text(text + end, encoding="utf-8")
         _write_weights(tensors, temporary)
         put_in_place(temporary, folder)
     finally:
