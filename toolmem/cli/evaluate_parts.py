@@ -61,12 +61,13 @@ class Parts:
         if self._base is None:
             return None
         from toolmem import checkpoints
+        from toolmem.data.tokenizers import same_ids
         from toolmem.evaluation.divergence import BaseFile, BaseModel
 
         if self._base.endswith(".safetensors"):
             return BaseFile(self._base)
         loaded = checkpoints.load(self._base, self.model.embedding.weight.device)
-        if loaded.tokenizer.spec() != self.tokenizer.spec():
+        if not same_ids(loaded.tokenizer.spec(), self.tokenizer.spec()):
             raise ToolmemError(
                 f"--base: {loaded.path} has another tokenizer than the checkpoint: next tokens of two "
                 "vocabularies cannot be compared"

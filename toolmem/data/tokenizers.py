@@ -219,3 +219,17 @@ def with_system(tokenizer: Tokenizer, system: str) -> Tokenizer:
         )
     changed: Tokenizer = change(system)
     return changed
+
+
+def same_ids(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two tokenizers' ids mean the same, in whatever form they write dialogues.
+
+    Args:
+        one: a tokenizer's spec.
+        other: another's.
+    """
+    return _ids_alone(one) == _ids_alone(other)
+
+
+def _ids_alone(spec: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in spec.items() if key != "chat"}
