@@ -143,6 +143,9 @@ def test_a_base_on_disk(tmp_path):
     assert all(row["base_log_prob"] is None for row in ask_in_parts(
         Divergence(text, model, BaseFile(tmp_path / "1.safetensors")), part=3
     )[:1])  # fmt: skip
+    few = ask_in_parts(Divergence(text, model, BaseFile(tmp_path / "8.safetensors")), part=3)
+    told = estimates(Divergence.measures, units(few))["base_perplexity"].as_dict()
+    assert told == {"value": None, "interval_95": [None, None], "n": len(TEXTS)}
     other = cut_text(TEXTS, TOKENIZER, longest=16)
     with pytest.raises(ToolmemError, match="another text, window"):
         Divergence(other, model, BaseFile(path))

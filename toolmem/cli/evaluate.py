@@ -69,13 +69,14 @@ def evaluate(
         store_base: a safetensors file for this checkpoint's likeliest tokens at every position of the text
             of divergence, to be another call's --base.
         top_k: tokens kept by it at each position.
-        n_questions: asked of known people, and of unseen people, at most.
+        n_questions: of recall: asked of known people, and of unseen people, at most.
         factbase: the DuckDB file with the facts (default: facts.duckdb in the run's folder).
         allow_other_factbase: accept a factbase whose facts are not those of training.
-        batch_size: dialogues generated at once.
+        batch_size: questions asked at once.
         invariant: the same results, bit for bit, whatever the batch size (float32 on a CPU; slower).
-        ranks: processes that share the questions, and this one's threads; the results are the same.
-        compile: decode by torch.compile, which takes a while first; its seconds are told apart.
+        ranks: of recall: processes that share the questions, and this one's threads; the results are the
+            same.
+        compile: of recall: decode by torch.compile, which takes a while first; its seconds are told apart.
         attention: what runs attention: sdpa (torch's own, and C of ours), flex (FlexAttention), flash
             (the package flash-attn, on CUDA), plain (the reference), or the one for the device (auto).
         device: where the model runs.

@@ -102,6 +102,11 @@ def calibration_error(name: str = "calibration_error") -> Measure:
     return Measure(name, columns, lambda sums, n: np.abs(sums).sum(-1) / n)
 
 
+def _finite(value: float) -> float | None:
+    """A number that JSON has; None for others."""
+    return value if math.isfinite(value) else None
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A number and its 95 % interval by the bootstrap.
@@ -120,7 +125,8 @@ class Estimate:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""
-        return {"value": self.value, "interval_95": [self.low, self.high], "n": self.n}
+        value, low, high = map(_finite, (self.value, self.low, self.high))
+        return {"value": value, "interval_95": [low, high], "n": self.n}
 
 
 def estimates(measures: Sequence[Measure], rows: Sequence[Row]) -> dict[str, Estimate]:
@@ -173,10 +179,10 @@ class Difference:
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""
         found: dict[str, Any] = {
-            "first": self.first,
-            "second": self.second,
-            "difference": self.value,
-            "interval_95": [self.low, self.high],
+            "first": _finite(self.first),
+            "second": _finite(self.second),
+            "difference": _finite(self.value),
+            "interval_95": [_finite(self.low), _finite(self.high)],
             "p_bootstrap": self.p_bootstrap,
             "n": self.n,
         }

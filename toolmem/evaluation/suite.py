@@ -270,6 +270,8 @@ def units(rows: Sequence[Row]) -> list[dict[str, Any]]:
     for row in rows:
         unit = found.setdefault(row["document"], {"document": row["document"]})
         for key, value in row.items():
-            if isinstance(value, int | float) and key not in ("document", "start"):
+            if value is None or unit.get(key, 0) is None:  # not known of all
+                unit[key] = None
+            elif isinstance(value, int | float) and key not in ("document", "start"):
                 unit[key] = unit.get(key, 0) + value
     return list(found.values())
