@@ -5,6 +5,7 @@ from toolmem._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "Adapter": "toolmem.models.interop.adapter",
         "ARCHITECTURES": "toolmem.models.interop.architectures",
         "Architecture": "toolmem.models.interop.architectures",
         "architecture_of": "toolmem.models.interop.architectures",

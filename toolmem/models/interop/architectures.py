@@ -129,7 +129,7 @@ def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
         raise ToolmemError(
             f"{where}: models of architecture {name!r:.60} are not read here; there are "
             f"{', '.join(ARCHITECTURES)}. Any causal model of transformers generates by "
-            "toolmem.models.interop.adapter.Adapter"
+            "toolmem.models.interop.Adapter"
         )
     return ARCHITECTURES[name]
 
