@@ -284,3 +284,15 @@ def test_an_api_client_sees_the_query_and_sends_the_answer(name):
         dialogue_tokens(turns, tokenizer)
         == tokens[: tokenizer.turns.turn_start(tokens.tolist())].tolist()
     )
+
+
+def test_an_api_client_cannot_make_it_call():
+    from toolmem.serving.fields import ApiError
+    from toolmem.serving.messages import ClientTool
+    from toolmem.serving.protocol import choose_tools
+
+    tokenizer, tools = chat_tokenizer(), (ClientTool("f", "query"),)
+    assert choose_tools("auto", tools, tokenizer) == (tools, {}, False)
+    assert choose_tools("none", tools, tokenizer) == ((), {}, False)
+    with pytest.raises(ApiError, match="cannot be made to come"):
+        choose_tools("required", tools, tokenizer)

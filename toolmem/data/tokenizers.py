@@ -228,8 +228,9 @@ def same_ids(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
         one: a tokenizer's spec.
         other: another's.
     """
-    return _ids_alone(one) == _ids_alone(other)
+    return ids_alone(one) == ids_alone(other)
 
 
-def _ids_alone(spec: Mapping[str, Any]) -> dict[str, Any]:
+def ids_alone(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """A tokenizer's spec without its form of dialogues, in which the same ids may stand otherwise."""
     return {key: value for key, value in spec.items() if key != "chat"}

@@ -14,6 +14,7 @@ from typing import Any
 
 from toolmem import checkpoints
 from toolmem.class_path import import_class
+from toolmem.data.tokenizers import ids_alone
 from toolmem.errors import ToolmemError
 from toolmem.models import LanguageModel
 from toolmem.models.drafting import Drafting
@@ -122,9 +123,8 @@ def load_initial_weights(
 
 
 def _ids_alone(data: Mapping[str, Any]) -> dict[str, Any]:
-    """What data says of its tokenizer, but for the form of dialogues: ids mean the same in any."""
-    spec = data.get("tokenizer") or {}
-    return {"tokenizer": {key: value for key, value in spec.items() if key != "chat"}}
+    """What data says of its tokenizer's ids."""
+    return {"tokenizer": ids_alone(data.get("tokenizer") or {})}
 
 
 def _read(
