@@ -32,7 +32,7 @@ def applies(source: Source) -> bool:
 
 
 def panels(source: Source, request: Request) -> list[Panel]:
-    """A figure of each family of metrics: losses, recall.
+    """A figure of each family of metrics: losses, recall, tasks, divergence.
 
     Raises:
         ToolmemError: for what is no run, or one that logged none of them.
@@ -53,11 +53,24 @@ def families(source: RunSource) -> dict[str, list[str]]:
     if source.metric is not None:
         return {source.metric: [source.metric]}
     losses = [name for name in source.metrics if name.rpartition("/")[2].startswith("loss")]
-    recall = [name for name in source.metrics if name.endswith("exact_match")]
+    ends = {name: name.rpartition("/")[2] for name in source.metrics}
+    recall = [name for name in ends if ends[name] == "exact_match" and name.startswith("recall")]
+    tasks = [
+        name for name in ends
+        if ends[name] in ("accuracy", "accuracy_norm", "exact_match") and name not in recall
+        and not name.startswith(("val/", "train/"))
+    ]  # fmt: skip
+    apart = [name for name in ends if ends[name] in ("kl", "kl_reverse", "tv")]
     by_attribute = [
         name for name in source.metrics if "exact_match/" in name and not name.startswith("val/")
     ]
-    found = {"loss": losses, "recall": recall, "recall by attribute": by_attribute}
+    found = {
+        "loss": losses,
+        "recall": recall,
+        "recall by attribute": by_attribute,
+        "tasks": tasks,
+        "divergence": apart,
+    }
     return {title: names[:MOST_LINES] for title, names in found.items() if names}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -227,7 +228,8 @@ class RunSource:
 
     Args:
         path: its folder.
-        metrics: value by step, by metric, in the order of ``metrics.csv``.
+        metrics: value by step, by metric, in the order of ``metrics.csv``; then what evaluations of its
+            checkpoints found (``evaluations/STEP.csv``).
         metric: to be drawn alone; None for all.
     """
 
@@ -246,6 +248,7 @@ class RunSource:
         Raises:
             ToolmemError: for a folder without metrics, or without this one.
         """
+        from toolmem.evaluation.curves import read_points
         from toolmem.training.loggers import read_rows
 
         folder = Path(path)
@@ -255,6 +258,10 @@ class RunSource:
             for name, value in row.items():
                 if name != "step" and value:
                     metrics.setdefault(name, {})[int(row["step"])] = float(value)
+        for step, found in read_points(folder).items():
+            for name, number in found.items():
+                if math.isfinite(number):
+                    metrics.setdefault(name, {})[step] = number
         if not metrics:
             raise ToolmemError(f"{folder / 'metrics.csv'} is empty: nothing was logged yet")
         if metric is not None and metric not in metrics:
