@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import toolmem
 from toolmem.checkpoints import tensor_files
+from toolmem.checkpoints.adapters import merged
 from toolmem.checkpoints.formats import (
     KEY,
     explained,
@@ -42,7 +43,8 @@ ABOUT = "toolmem.about"  # in a file of weights: what rebuilds their model
 def convert(source: str | Path, target: str | Path, form: Form, ranks: int = 1) -> None:
     """Write a checkpoint in another form; a format of old becomes the newest.
 
-    Whole checkpoints of the newest format pass through memory a tensor at a time.
+    Whole checkpoints of the newest format pass through memory a tensor at a time. Adapters are merged,
+    but not for a folder, from which training goes on.
 
     Args:
         source: a run's folder, a checkpoint of either form, or of an old format.
@@ -55,13 +57,17 @@ def convert(source: str | Path, target: str | Path, form: Form, ranks: int = 1) 
     """
     path, target = resolve(source), Path(target)
     with explained(path), ExitStack() as stack:
-        if path.is_file() and is_torch_file(path):
+        plain = None if form == "folder" else merged(path)
+        if plain is not None:
+            flat = flatten(plain)
+        elif path.is_file() and is_torch_file(path):
             flat = flatten(read(path))
         else:
             stored = stack.enter_context(Stored(path))
             flat = Flat(stored.tree, stored.tensors)
         if form == "weights":
-            _write_weights(flat, about_of(read_state(path), path), target)
+            about = about_of(read_state(path) if plain is None else plain, path)
+            _write_weights(flat, about, target)
         elif form == "file":
             write_flat(flat, target)
         else:

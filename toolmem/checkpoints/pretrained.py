@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import toolmem
+from toolmem.checkpoints.adapters import merged
 from toolmem.checkpoints.formats import KEY, explained, is_torch_file, read
 from toolmem.checkpoints.models import (
     WEIGHTS_PREFIX,
@@ -272,8 +273,9 @@ class _Held:
 
 def _from_checkpoint(path: Path, stack: ExitStack) -> Portable:
     with explained(path):
-        if path.is_file() and is_torch_file(path):  # of an old format: in memory
-            flat = flatten(read(path, parts=("state_dict", KEY)))
+        plain = merged(path)
+        if plain is not None or (path.is_file() and is_torch_file(path)):  # in memory
+            flat = flatten(plain or read(path, parts=("state_dict", KEY)))
             tensors: Mapping[str, Any] = {name: _Held(one) for name, one in flat.tensors.items()}
         else:
             stored = stack.enter_context(Stored(path))

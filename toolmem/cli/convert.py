@@ -7,7 +7,7 @@ from pathlib import Path
 from toolmem.errors import ToolmemError
 
 # How what is to be written is recognised; a name without one of them is a Hugging Face folder's.
-SUFFIXES = {".ckpt": "checkpoint", ".safetensors": "weights", ".gguf": "gguf"}
+SUFFIXES = {".ckpt": "checkpoint", ".safetensors": "weights", ".gguf": "gguf", ".peft": "peft"}
 
 
 def convert(
@@ -31,7 +31,8 @@ def convert(
         source: a run's folder, a checkpoint, a .gguf file, a Hugging Face folder or id, or a .safetensors
             file of weights.
         target: what to write: NAME.ckpt is a checkpoint, or with --ranks a folder of one; NAME.gguf;
-            NAME.safetensors is weights; NAME or NAME/ is a Hugging Face folder.
+            NAME.safetensors is weights; NAME or NAME/ is a Hugging Face folder. Adapters (model.lora) are
+            merged; NAME.peft is a folder of them alone, which the library peft loads.
         ranks: write a folder of so many shards; training on any other number reads it too.
         like: a run of the same model, for weights that do not say what model they are of.
         dtype: of weights written in another program's form or read from one: float32, float16 or bfloat16,
@@ -90,8 +91,8 @@ def _write(
 ) -> str:
     """Write it, and say what became of what."""
     from toolmem import checkpoints
+    from toolmem.checkpoints import adapters, exports, pretrained
     from toolmem.checkpoints import convert as forms
-    from toolmem.checkpoints import exports, pretrained
 
     if forms.is_weights_file(Path(source)):
         if form != "checkpoint" or ranks is not None:
@@ -106,6 +107,9 @@ def _write(
         return f"{path}: {forms.form_of(path)}, from weights"
     if like is not None:
         raise ToolmemError(f"like is for files of weights, and {source} is none")
+    if form == "peft":
+        adapters.write_peft(source, path)
+        return f"{path}/: adapters for peft, from {source}"
     foreign = pretrained.is_gguf(source) or pretrained.is_huggingface(source)
     if form in ("checkpoint", "weights") and not foreign and dtype is None:
         what = forms.form_of(checkpoints.resolve(source))
