@@ -565,6 +565,39 @@ def check_request(example: tuple[list[Any], list[Any]]) -> None:
         json.dumps(error.body())
 
 
+# -- tasks: a recipe, and a row that it reads
+
+
+@functools.cache
+def task_recipes() -> list[dict[str, Any]]:
+    return [
+        yaml.safe_load(path.read_text())
+        for path in sorted((ROOT / "recipes" / "evaluation").glob("*.yaml"))
+    ]
+
+
+TASK_ROW: dict[str, Any] = {
+    "query": "Q", "choices": ["a", "b"], "gold": 1, "context": "c d", "continuation": "e", "answer": "C",
+    "aliases": ["x"], "question": {"stem": "s", "choices": [{"text": "t", "label": "A"}]}, "text": "a b",
+    "sentence": "A _ b", "option1": "o", "option2": "p", "label": 0, "endings": ["[x] y"], "ctx_a": "a",
+    "ctx_b": "b", "activity_label": "l", "premise": "p.", "choice1": "c", "choice2": "d", "passage": "p",
+    "goal": "g", "sol1": "s", "sol2": "t", "answerKey": "A",
+}  # fmt: skip
+
+
+def check_task(example: tuple[int, list[Any], list[Any]]) -> None:
+    """A row that a task's recipe reads becomes a question, or is refused by name."""
+    from toolmem.evaluation.tasks import TaskRecipe
+
+    number, of_recipe, of_row = example
+    recipes = task_recipes()
+    values = edited(recipes[number % len(recipes)], of_recipe)
+    row = edited(TASK_ROW, of_row)
+    with only_told():
+        if isinstance(values, dict) and isinstance(row, dict):
+            TaskRecipe.from_mapping(values, "recipe.yaml").item(row, 1, "rows.jsonl")
+
+
 TARGETS: dict[str, Target] = {
     "template": (TEMPLATES, check_template),
     "sql": (QUERIES, check_sql),
@@ -584,4 +617,5 @@ TARGETS: dict[str, Target] = {
     "config": (SMALL_EDITS, check_config),
     "sweep": (EDITS, check_sweep),
     "request": (st.tuples(EDITS, CHANGES), check_request),
+    "task": (st.tuples(st.integers(0, 99), EDITS, EDITS), check_task),
 }

@@ -234,7 +234,7 @@ class _Row:
         if make is None:
             return ""
         try:
-            found = make(**self.row)
+            found = make(dict(self.row))
             if isinstance(found, Undefined | StrictUndefined):
                 found._fail_with_undefined_error()
         except UndefinedError as error:
@@ -248,6 +248,7 @@ class _Row:
             ValueError,
             AttributeError,
             ArithmeticError,
+            LookupError,
             re.error,
         ) as error:
             raise ToolmemError(
