@@ -96,3 +96,21 @@ def test_cut_off_anywhere(file, share):
 def test_what_has_no_name_in_the_format(tmp_path, tensor):
     with pytest.raises(ToolmemError, match=r"x: a tensor of .* cannot be written"):
         tensor_files.write(tmp_path / "x", {"x": tensor}, {})
+
+
+@pytest.mark.parametrize("length", [0x4B50, 0x10280])
+def test_a_header_of_the_length_that_reads_like_torchs_own_files_is_none(length, tmp_path):
+    """``PK`` begins a zip file, and is 19,280, a length that a header may have."""
+    from toolmem import checkpoints
+
+    path = tmp_path / "x.ckpt"
+
+    def write(n):
+        checkpoints.write({"state_dict": {"a": torch.ones(3)}, "pad": "x" * n}, path)
+        return int.from_bytes(path.read_bytes()[:8], "little")
+
+    n = length - write(0)
+    while (found := write(n)) != length:
+        n += length - found
+    assert path.read_bytes()[:2] in (b"PK", b"\x80\x02")
+    assert checkpoints.read(path)["state_dict"]["a"].tolist() == [1, 1, 1]

@@ -151,7 +151,10 @@ def check(path: str | Path) -> None:
 def is_torch_file(path: Path) -> bool:
     """Whether a file is of ``torch.save``."""
     with open(path, "rb") as stream:
-        return stream.read(2) in (b"PK", b"\x80\x02")  # a zip file, and what torch wrote before 1.6
+        head = stream.read(9)
+    # a zip file, and what torch wrote before 1.6; but a safetensors file begins with the length of its header,
+    # which may have these bytes, too, and then with the header
+    return head[:2] in (b"PK", b"\x80\x02") and head[8:] != b"{"
 
 
 def _read_torch(path: Path, map_location: Any) -> dict[str, Any]:
