@@ -152,8 +152,8 @@ def is_torch_file(path: Path) -> bool:
     """Whether a file is of ``torch.save``."""
     with open(path, "rb") as stream:
         head = stream.read(9)
-    # a zip file, and what torch wrote before 1.6; but a safetensors file begins with the length of its header,
-    # which may have these bytes, too, and then with the header
+    # a zip file, and what torch wrote before 1.6; but a safetensors file begins with the length of its
+    # header, which may have these bytes, too, and then with the header
     return head[:2] in (b"PK", b"\x80\x02") and head[8:] != b"{"
 
 
