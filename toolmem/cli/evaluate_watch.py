@@ -171,15 +171,13 @@ class Watcher:
         return False
 
     def _checkpoints(self) -> list[Path]:
+        """What a run keeps by step, and the last; not the best, which training changes its mind about."""
         from toolmem.checkpoints import places
 
-        folder = places.folder_of(self.run)
-        if not folder.is_dir():
+        try:
+            return places.kept(self.run)
+        except ToolmemError:  # there is none yet
             return []
-        found = [path for path in folder.glob("*.ckpt") if places.exists(path)]
-        steps = {path: _step(path) for path in found if not path.name.startswith(".")}
-        known = [path for path, step in steps.items() if step is not None]
-        return sorted(known, key=lambda path: (steps[path] or 0, path.name))
 
     def _results(self, step: int) -> dict[str, Any]:
         path = self.folder / f"{step}.json"
