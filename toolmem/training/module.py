@@ -500,7 +500,8 @@ class LanguageModelModule(pl.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add up the batch's loss, and its right answers where the data asks for them."""
         if not getattr(self.trainer.datamodule, "wants_accuracy", False):  # type: ignore[attr-defined]
-            self.eval_loss.update(*self.loss_sum(batch))
+            # of what is told, whatever loss training has (GRPO)
+            self.eval_loss.update(*LanguageModelModule.loss_sum(self, batch))
             return
         logits, targets = self.logits_and_targets(batch, self.model.hidden)
         self.eval_loss.update(F.cross_entropy(logits, targets, reduction="sum"), targets.numel())
