@@ -28,6 +28,7 @@ from toolmem.models import (
     MoETransformer,
     Transformer,
 )
+from toolmem.models.lora import LoRA
 from toolmem.training import (
     TRAINER_DEFAULTS,
     WSD,
@@ -120,6 +121,7 @@ class Case:
     keep: str = ""  # where to keep a checkpoint of each second step
     begin: str = ""  # a checkpoint to go on from
     probes: bool = False  # norms of the last step, and FLOPs
+    lora: bool = False  # adapters alone are trained
 
     @property
     def name(self) -> str:
@@ -128,13 +130,14 @@ class Case:
         )
         more = ("-kept" if self.keep else "") + ("-resumed" if self.begin else "")
         more += "-probes" if self.probes else ""
+        more += "-lora" if self.lora else ""
         return f"{self.model}-{self.optimizer}-{how}{more}"
 
     @property
     def alone(self) -> Case:
         """The same training in one process."""
         same = {"optimizer": self.optimizer, "steps": self.steps, "wide": self.wide}
-        return Case(self.model, probes=self.probes, **same)
+        return Case(self.model, probes=self.probes, lora=self.lora, **same)
 
 
 @dataclass
@@ -215,7 +218,12 @@ def make_module(case: Case) -> LanguageModelModule:
     muon = Muon(lr=1e-3, weight_decay=0.1)
     optimizer = muon if case.optimizer == "muon" else AdamW(lr=1e-3, weight_decay=0.1)
     return LanguageModelModule(
-        model, optimizer, WSD(warmup_steps=2), fused=False, sequence_parallel=case.sequence
+        model,
+        optimizer,
+        WSD(warmup_steps=2),
+        fused=False,
+        sequence_parallel=case.sequence,
+        lora=LoRA(rank=2, dora=True) if case.lora else None,
     )
 
 

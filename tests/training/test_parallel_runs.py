@@ -23,6 +23,7 @@ TWO = [
     Case("transformer", 1, 2, "split", "muon", wide=True),
     Case("plain", 1, 2, "split", sequence=True),
     Case("value_residual", 2, 1, "ddp", **FEW),
+    Case("gqa_tied", 2, 1, "ddp", lora=True, **FEW),
 ]
 FOUR = [
     *(Case(name, 2, 2, "split") for name in ARCHITECTURES),

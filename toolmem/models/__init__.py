@@ -16,5 +16,6 @@ __getattr__, __dir__, __all__ = attach(
         "Medusa": "toolmem.models.medusa",
         "Eagle": "toolmem.models.eagle",
         "Cache": "toolmem.models.cache",
+        "LoRA": "toolmem.models.lora",
     },
 )
