@@ -123,6 +123,8 @@ def _from_gguf(path: Path, stack: ExitStack) -> Portable:
         file = stack.enter_context(GGUFFile(path))
     except FileNotFoundError as error:
         raise ToolmemError(f"there is no file {path}") from error
+    except ToolmemError:
+        raise
     except (OSError, ValueError) as error:
         raise ToolmemError(f"cannot read {path}: {error}") from error
     config = config_of(file)
