@@ -205,6 +205,20 @@ def test_a_tokenizer_keeps_its_form(name):
         assert again.spec() == tokenizer.spec() and again.turns == tokenizer.turns
         assert again.vocab_size == tokenizer.vocab_size
         assert again.decode([again.role_ids["end"]]) == "<|endoftext|>"
+    chat = tokenizer.chat
+    between = {key: [2**40] for key in chat["format"]["between"]}
+    for forged in (
+        "yes",
+        {**chat, "vocab_size": "many"},
+        {**chat, "format": []},
+        {**chat, "format": {**chat["format"], "between": between}},
+        {**chat, "format": {**chat["format"], "guards": {}}},
+        {**chat, "format": {**chat["format"], "call_form": {"x": 2}}},
+        {**chat, "format": {**chat["format"], "call_form": {"prefix": 1}}},
+        {**chat, "format": {**chat["format"], "call_form": {"opening": ""}}},
+    ):
+        with pytest.raises(ToolmemError):
+            tokenizer_from_spec({**spec, "chat": forged})
     with pytest.raises(ToolmemError, match="chat format cannot be read"):
         ChatFormat.from_spec({**tokenizer.turns.spec(), "between": {}})
 

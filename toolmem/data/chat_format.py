@@ -113,7 +113,11 @@ class ChatFormat:
             places = (0 <= place < len(between[key]) for key, place in guards.items())
             if not all(between.values()) or not all(places):
                 raise ValueError("turns without marks")
-            return cls(between, guards, CallForm(**spec["call_form"]), decode)
+            form = CallForm(**spec["call_form"])
+            texts = (form.prefix, form.suffix, form.opening, form.closing)
+            if not all(isinstance(text, str) for text in texts) or not form.opening:
+                raise ValueError("calls without marks")
+            return cls(between, guards, form, decode)
         except (KeyError, TypeError, ValueError) as error:
             raise ToolmemError(
                 f"a tokenizer's chat format cannot be read ({error!r}): the checkpoint was written by "

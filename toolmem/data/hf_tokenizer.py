@@ -89,16 +89,20 @@ class HFTokenizer:
     def _take_chat(self, chat: Mapping[str, Any]) -> None:
         """Have the turns of a chat template, if it gave any."""
         self.without_turns = str(chat.get("refused") or "")
-        self.vocab_size = max(self.vocab_size, int(chat.get("vocab_size") or 0))
+        more = chat.get("vocab_size") or 0
+        if not isinstance(more, int):
+            raise ToolmemError(f"a tokenizer's chat.vocab_size is {more!r:.40}, which is no number")
+        self.vocab_size = max(self.vocab_size, more)
         if chat.get("format") is not None:
             turns = ChatFormat.from_spec(chat["format"], self.decode)
-            for token in turns.guarding:
-                text = self._backend.id_to_token(token)
+            for token in {i for marks in turns.between.values() for i in marks}:
+                text = self._backend.id_to_token(token) if 0 <= token < 1 << 31 else None
                 if text is None:
                     raise ToolmemError(
                         f"a tokenizer's chat format names token {token}, which it lacks"
                     )
-                self._role_texts[token] = text
+                if token in turns.guarding:
+                    self._role_texts[token] = text
             self.turns = turns
 
     @classmethod
@@ -170,17 +174,17 @@ class HFTokenizer:
         Raises:
             ToolmemError: where there is no chat template, or it takes none.
         """
-        if self.chat is None or self.chat["template"] is None:
+        if self.chat is None or not isinstance(self.chat.get("template"), str):
             raise ToolmemError(
                 "a system's message needs a pretrained model's chat template, and this tokenizer has none: "
                 "leave it out"
             )
-        if system == self.chat["system"]:
+        if system == self.chat.get("system"):
             return self
         return self.pretrained(
             self._definition,
             self.chat["template"],
-            self.chat["special_tokens"],
+            self.chat.get("special_tokens") or {},
             system=system,
             vocab_size=self.chat.get("vocab_size"),
         )

@@ -194,7 +194,10 @@ def tokenizer_from_spec(spec: Mapping[str, Any]) -> Tokenizer:
     if kind == "hf":
         from toolmem.data.hf_tokenizer import HFTokenizer
 
-        return HFTokenizer(spec["json"], spec["role_tokens"], chat=spec.get("chat"))
+        chat = spec.get("chat")
+        if chat is not None and not isinstance(chat, Mapping):
+            raise ToolmemError(f"a tokenizer's chat is {chat!r:.40}, which is no mapping")
+        return HFTokenizer(spec["json"], spec["role_tokens"], chat=chat)
     raise ToolmemError(
         f"unknown tokenizer type {kind!r} (known: byte, symbols, hf): the checkpoint was written "
         "by another version of toolmem"
