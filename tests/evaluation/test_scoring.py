@@ -89,11 +89,13 @@ def test_equal_to_whole_rows_alone(name):
         assert likelihood.total == pytest.approx(sum(log_probs), abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["transformer", "moe", "mamba"])
-@pytest.mark.parametrize("threads", [1, 2])
-def test_invariant_is_the_same_to_the_bit_in_any_company(name, threads):
+@pytest.mark.parametrize(
+    ("name", "threads", "n"),
+    [("transformer", 1, 12), ("moe", 1, 12), ("mamba", 1, 6), ("rnn", 2, 2)],
+)
+def test_invariant_is_the_same_to_the_bit_in_any_company(name, threads, n):
     torch.set_num_threads(threads)
-    pairs = pairs_of(seed=1)
+    pairs = pairs_of(seed=1, n=n)
     scorer = Scorer(made(name), invariant=True)
     scorer.share(pairs)
     together = scorer.score(pairs)
