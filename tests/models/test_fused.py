@@ -23,6 +23,8 @@ OPTIONS = {
     "heads of 12": {"head_dim": 12, "conv_width": 4},
     "heads of 6": {"head_dim": 6, "n_kv_heads": 1},
     "heads of 34": {"head_dim": 34},
+    "biased queries": {"qkv_bias": True, "n_kv_heads": 1},
+    "slower turns": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
 }
 
 

@@ -33,6 +33,7 @@ OPTIONS = {
     "learned": {"position": "learned"},
     "partly rotary": {"rope_fraction": 0.5, "embedding_norm": True},
     "some without positions": {"nope_every": 2},
+    "slower turns": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
     "untied": {"tie_embeddings": False, "embedding_scale": False, "norm_eps": 1e-2},
 }
 
