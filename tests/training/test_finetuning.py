@@ -189,7 +189,7 @@ def test_losses_by_chunks_are_those_of_all_logits(mask):
 def test_chunks_are_chosen_where_logits_are_many(monkeypatch):
     module = make_module()
     assert module._chunk(1000) == 0
-    monkeypatch.setattr("toolmem.training.module.MANY_LOGITS", 11 * 400)
+    monkeypatch.setattr("toolmem.models.chunked_loss.MANY_LOGITS", 11 * 400)
     assert (module._chunk(400), module._chunk(401)) == (0, 100)
     assert make_module(z_loss=0.1)._chunk(1000) == 0
     assert make_module(lora=LoRA(targets=("head",)))._chunk(1000) == 0

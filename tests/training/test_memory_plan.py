@@ -138,3 +138,15 @@ def test_the_model_is_left_as_it_was():
     plan(made).memory(Layout(checkpointing="selective"))
     assert all("forward" not in vars(block) for block in made.blocks)
     assert all(torch.equal(made.state_dict()[name], value) for name, value in before.items())
+
+
+def test_of_many_logits_a_chunk_s_are_held():
+    made = Transformer(49152, 8, n_layers=1, n_heads=2, max_seq_len=512)
+    few, many = (
+        plan(made, rows=rows, seq=512, loss_tokens=512 * rows).memory(Layout()).logits
+        for rows in (2, 8)
+    )
+    assert few == 3 * 4 * 2 * 512 * 49152
+    assert many == 2 * 4 * (2**24 // 49152) * 49152 < few
+    split = plan(made, rows=8, seq=512, loss_tokens=512 * 8).memory(Layout(tensor=2))
+    assert split.logits > many  # a head that is split has all of them

@@ -14,6 +14,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# More logits than these are not held at once: a quarter of a GB in float32; a chunk has a quarter of them.
+MANY_LOGITS = 1 << 26
+FEWEST_ROWS = 64
+
+
+def rows_at_once(rows: int, vocab_size: int) -> int:
+    """How many rows' logits to hold at once where nobody says; 0 for all.
+
+    Args:
+        rows: that bear loss.
+        vocab_size: logits of a row.
+    """
+    if rows * vocab_size <= MANY_LOGITS:
+        return 0
+    return max(MANY_LOGITS // (4 * vocab_size), FEWEST_ROWS)
+
 
 def summed_cross_entropy(
     states: Tensor, weight: Tensor, targets: Tensor, chunk: int, softcap: float = 0.0

@@ -9,7 +9,7 @@ parameters   4 bytes each; FSDP2 keeps a share, and gathers two blocks and what 
 gradients    4 bytes each, like parameters; DDP has buckets of the same size beside them
 optimizer    AdamW 8 bytes a parameter, Muon 4 a number of a matrix
 activations  what operations keep; tensor parallelism splits the inside of mixers and feed-forwards
-logits       of the tokens that bear loss: their softmax and gradients, float32
+logits       of the tokens that bear loss: their softmax and gradients, float32; of many, a chunk's
 ===========  ===================================================================================
 
 Not counted: what Python, torch and CUDA hold themselves (0.3 GB on a CPU, 0.5 to 1 GB on a GPU), and what
@@ -28,6 +28,7 @@ import torch
 from toolmem.errors import ToolmemError
 from toolmem.models import LanguageModel
 from toolmem.models.activation_memory import BodyActivations, body_activations
+from toolmem.models.chunked_loss import rows_at_once
 from toolmem.models.recompute import (
     ActivationCheckpointing,
     checkpoint_blocks,
@@ -40,6 +41,7 @@ from toolmem.training.parallel.tensor import plans, stacks
 
 FLOAT = 4  # bytes
 LOGITS = 3  # of the size of the logits: their softmax, its gradient, and theirs
+CHUNKS = 2  # of the size of a chunk's logits, where the loss is by chunks: they become gradients in place
 PASSING = 2  # of the size of the largest tensor that is kept: an operation's result and a gradient
 MUON_STACKS = 5  # of momenta that Newton-Schulz works on, and its products
 
@@ -241,17 +243,23 @@ class MemoryPlan:
         if layout.checkpointing != "none":  # one block is run again
             plain = self.activations("none")
             passing += (plain.stream + plain.branches / tensor) / max(len(self.model.blocks), 1)
-        logits = LOGITS * FLOAT * step.loss_tokens * self.model.vocab_size
         return Memory(
             parameters=FLOAT * numbers / spread,
             gathered=gathered,
             gradients=FLOAT * copies * numbers / spread,
             optimizer=FLOAT * states / spread,
             activations=share * kept,
-            logits=share * logits,
+            logits=self._logits(layout, share * step.loss_tokens),
             passing=share * passing,
             stepping=self._stepping(held, spread, tensor),
         )
+
+    def _logits(self, layout: Layout, rows: float) -> float:
+        """What the loss of a device's rows holds: of many, a chunk's logits and what is made of them."""
+        vocab = self.model.vocab_size
+        split = layout.sharded or layout.tensor > 1
+        chunk = 0 if split else rows_at_once(math.ceil(rows), vocab)
+        return FLOAT * vocab * (CHUNKS * chunk if chunk else LOGITS * rows)
 
     def _by_block(self, held: Sequence[_Held], tensor: int) -> list[float]:
         sizes: dict[int, float] = {}

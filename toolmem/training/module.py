@@ -31,7 +31,7 @@ from toolmem import checkpoints
 from toolmem.data.batch import Batch
 from toolmem.errors import ToolmemError
 from toolmem.models import LanguageModel
-from toolmem.models.chunked_loss import summed_cross_entropy
+from toolmem.models.chunked_loss import rows_at_once, summed_cross_entropy
 from toolmem.models.context import Extras
 from toolmem.models.fused_training import FusedChoice
 from toolmem.models.kernel_choice import KernelChoice
@@ -60,10 +60,6 @@ if TYPE_CHECKING:
 # Gradients are kept as sums of token losses times this until they are divided. A power of two costs
 # no precision, and keeps float16's gradients in range from the first steps on.
 SUM_SCALE = 2.0**-10
-
-
-# More logits than these are not held at once, unless the config says so: a quarter of a GB in float32.
-MANY_LOGITS = 1 << 26
 
 
 class LanguageModelModule(pl.LightningModule):
@@ -234,8 +230,7 @@ class LanguageModelModule(pl.LightningModule):
         if self.loss_chunk == 0 or self._why_no_chunks() is not None:
             return 0
         if self.loss_chunk is None:
-            few = rows * self.model.vocab_size <= MANY_LOGITS
-            return 0 if few else max(MANY_LOGITS // (4 * self.model.vocab_size), 64)
+            return rows_at_once(rows, self.model.vocab_size)
         return self.loss_chunk if rows > self.loss_chunk else 0
 
     def _why_no_chunks(self, asked: int | None = None) -> str | None:
