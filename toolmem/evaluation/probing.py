@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from toolmem.errors import ToolmemError
 from toolmem.evaluation.recall import Sample, Score, measure_recall
 from toolmem.tools.base import Answer, Toolbox, error_answer
 
@@ -110,22 +109,15 @@ def rephrased(questions: Sequence[Dialogue], others: Iterable[Dialogue]) -> list
 
 
 def values_instead(questions: Sequence[Dialogue]) -> dict[str, str]:
-    """Answer -> another answer to a question of its kind.
-
-    Raises:
-        ToolmemError: where all questions of a kind have one answer.
-    """
+    """Answer -> another answer to a question of its kind; none where all of a kind have one answer."""
     kinds: dict[str, dict[str, None]] = {}
     for question in questions:
         kinds.setdefault(question.attribute, {})[question.answer] = None
     instead: dict[str, str] = {}
-    for attribute, values in kinds.items():
+    for values in kinds.values():
         distinct = list(values)
         if len(distinct) < 2:
-            raise ToolmemError(
-                f"all {attribute} asked for are {distinct[0]!r}: ask about more people to see what a wrong "
-                "answer does"
-            )
+            continue
         for value, other in zip(distinct, [*distinct[1:], distinct[0]], strict=True):
             instead.setdefault(value, other)
     return instead
@@ -152,7 +144,8 @@ def probe_recall(
     edited: tuple[Sequence[Dialogue], Toolbox] | None = None,
     **options: Any,
 ) -> dict[str, Probed]:
-    """Recall asked in several ways; those that there is no tool or nothing to ask for are left out.
+    """Recall asked in several ways; those that there is no tool or nothing to ask for are left out (a wrong
+    value is another's: it takes two questions of a kind with two answers).
 
     Args:
         model: on any device.
@@ -165,7 +158,7 @@ def probe_recall(
         options: as of ``measure_recall``.
 
     Raises:
-        ToolmemError: as ``measure_recall``, or for facts that leave nothing wrong to say.
+        ToolmemError: as ``measure_recall``.
     """
 
     def ask(
@@ -188,8 +181,11 @@ def probe_recall(
     if toolbox is not None:
         results["tool_off"] = ask(questions, Toolbox([OffTool()]))
         instead = values_instead(questions)
-        wrong = [with_answer(question, instead[question.answer]) for question in questions]
-        results["tool_wrong"] = ask(wrong, Toolbox([WrongTool(toolbox, instead)]), own)
+        able = [question for question in questions if question.answer in instead]
+        if able:
+            wrong = [with_answer(question, instead[question.answer]) for question in able]
+            true = [question.answer for question in able]
+            results["tool_wrong"] = ask(wrong, Toolbox([WrongTool(toolbox, instead)]), true)
     if edited is not None:
         results["edited"] = ask(edited[0], edited[1], own)
     return results
