@@ -175,6 +175,15 @@ def test_it_is_known_by_its_name():
     assert get_model("toolmem") is ToolmemLM
 
 
+def test_the_command_asks_for_a_device_that_may_not_be_there(monkeypatch):
+    from toolmem.evaluation import harness
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert [harness._device(name) for name in ("cuda:0", None, "cpu")] == ["cpu"] * 3
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert harness._device("cuda:0") == "cuda:0"
+
+
 def test_what_is_not_given_or_not_known_is_told(twins):
     from toolmem.evaluation.harness import ToolmemLM
 
