@@ -10,7 +10,6 @@ on what the assistant says; and *text*, with loss everywhere.
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 import os
 import re
@@ -104,18 +103,18 @@ class Turns:
 
     def __init__(self, line: Any) -> None:
         self.line = line
-        self.began = 0.0
+        self.began = self.worked = 0.0
 
     def begin(self) -> None:
         """Wait; end the process where there is no turn any more."""
         if self.line.recv() == "end":
             self.line.send(peak_memory())
             os._exit(0)
-        self.began = time.perf_counter()
+        self.began, self.worked = time.perf_counter(), time.process_time()
 
-    def end(self, loss: float) -> None:
-        """Tell of the step."""
-        self.line.send((time.perf_counter() - self.began, loss))
+    def end(self) -> None:
+        """Tell of the step: seconds, and processor seconds."""
+        self.line.send((time.perf_counter() - self.began, time.process_time() - self.worked))
 
 
 def peak_memory() -> int:
@@ -189,7 +188,7 @@ def train_transformers(case: Case, turns: Turns) -> None:
             turns.begin()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            turns.end(math.nan)
+            turns.end()
 
     with tempfile.TemporaryDirectory() as folder:
         options = TrainingArguments(
@@ -233,7 +232,7 @@ def train_toolmem(case: Case, turns: Turns) -> None:
             turns.begin()
 
         def on_train_batch_end(self, *args: Any) -> None:
-            turns.end(math.nan)
+            turns.end()
 
     be_quiet()
     checkpointed = case.side == "toolmem_checkpointed"
@@ -267,11 +266,11 @@ class Side:
         self.process.start()
         theirs.close()
 
-    def step(self) -> float:
-        """Seconds of a step."""
+    def step(self) -> tuple[float, float]:
+        """Seconds of a step, and processor seconds."""
         self.line.send("step")
-        seconds, _ = self.line.recv()
-        return float(seconds)
+        seconds, worked = self.line.recv()
+        return float(seconds), float(worked)
 
     def end(self) -> int:
         """Its peak memory in bytes."""
@@ -281,10 +280,12 @@ class Side:
         return peak
 
 
-def compare(cases: dict[str, Case], steps: int) -> tuple[dict[str, list[float]], dict[str, int]]:
+def compare(
+    cases: dict[str, Case], steps: int
+) -> tuple[dict[str, list[tuple[float, float]]], dict[str, int]]:
     """Seconds of each side's steps, by turns, the first of each left out; and its peak memory."""
     sides = {name: Side(case) for name, case in cases.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
     for number in range(steps + 1):
         for name in list(cases) if number % 2 else list(cases)[::-1]:
             took = sides[name].step()
@@ -352,16 +353,23 @@ def train(
     return found
 
 
-def _figures(seconds: dict[str, list[float]], peaks: dict[str, int], rows: int) -> dict[str, Any]:
+def _figures(
+    steps: dict[str, list[tuple[float, float]]], peaks: dict[str, int], rows: int
+) -> dict[str, Any]:
+    seconds, worked = (
+        {name: [one[part] for one in every] for name, every in steps.items()} for part in (0, 1)
+    )
     ours, theirs = seconds["toolmem"], seconds["transformers"]
     ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
     figures: dict[str, Any] = {
         "speedup": round(sum(theirs) / sum(ours), 3),
+        "speedup_processor": round(sum(worked["transformers"]) / sum(worked["toolmem"]), 3),
         "speedup_median_turn": round(statistics.median(ratios), 3),
         "memory_ratio": round(peaks["toolmem"] / peaks["transformers"], 3),
         "tokens_per_s": {n: round(rows * SEQ * len(s) / sum(s), 1) for n, s in seconds.items()},
         "peak_gb": {name: round(peak / 1e9, 3) for name, peak in peaks.items()},
         "seconds": {name: [round(one, 2) for one in every] for name, every in seconds.items()},
+        "processor_seconds": {n: [round(one, 2) for one in every] for n, every in worked.items()},
     }
     if "toolmem_checkpointed" in peaks:
         figures["memory_checkpointed"] = round(peaks["toolmem_checkpointed"] / peaks["toolmem"], 3)
