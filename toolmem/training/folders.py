@@ -167,6 +167,6 @@ class RunFolder:
             ) from error
         except OSError as error:
             raise explain_os_error(error, self.path) from error
-        if rank_zero_only.rank == 0:  # of all processes, whoever started them
+        if getattr(rank_zero_only, "rank", 0) == 0:  # of all processes, whoever started them
             remove_unfinished(self.path / "checkpoints")
             write_json(self.path / "environment.json", environment())
