@@ -262,3 +262,14 @@ def test_an_extra_tensor_is_named(tmp_path, tokenizer_json):
     with pytest.raises(ToolmemError, match=r"layers\.0\.self_attn\.sinks has no place"):
         convert(str(folder), str(tmp_path / "ours.ckpt"))
     shutil.rmtree(folder)
+
+
+def test_a_checkpoint_in_shards_goes_out_too(tmp_path, tokenizer_json):
+    their_model("qwen3").save_pretrained(tmp_path / "theirs")
+    (tmp_path / "theirs" / "tokenizer.json").write_text(tokenizer_json)
+    shards = quietly_converted(tmp_path / "theirs", tmp_path / "ours.ckpt", ranks=3)
+    assert len(list(shards.glob("*.safetensors"))) == 3
+    back = quietly_converted(shards, tmp_path / "back")
+    saved, again = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "back"))
+    assert back.is_dir() and saved.keys() == again.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in saved.items())
