@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from toolmem.evaluation.bootstrap import chance_of_largest
 from toolmem.analysis.pictures import (
     GREY,
     STYLES,
@@ -28,6 +27,7 @@ from toolmem.analysis.sources import Row, Source, SweepSource
 from toolmem.analysis.sweep_plot import Point, all_points, count
 from toolmem.data.people import ATTRIBUTES
 from toolmem.errors import ToolmemError
+from toolmem.evaluation.bootstrap import chance_of_largest
 from toolmem.recipe_files import get_key
 
 if TYPE_CHECKING:

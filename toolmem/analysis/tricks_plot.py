@@ -18,12 +18,12 @@ from itertools import pairwise
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from toolmem.evaluation.bootstrap import mean_interval
 from toolmem.analysis.pictures import GREY, finite, legend_below, new_figure, style, tidy
 from toolmem.analysis.report import Panel, Table
 from toolmem.analysis.sources import Row, Source, SweepSource
 from toolmem.analysis.sweep_plot import labels_of
 from toolmem.errors import ToolmemError
+from toolmem.evaluation.bootstrap import mean_interval
 from toolmem.recipe_files import get_key
 
 if TYPE_CHECKING:
