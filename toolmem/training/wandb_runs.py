@@ -379,9 +379,8 @@ def open_run(init: Mapping[str, Any], folder: Path, *, fall_back: bool = True) -
     Raises:
         ToolmemError: when wandb does not know who logs, or cannot be reached and ``fall_back`` is False.
     """
-    from wandb.errors import AuthenticationError, CommError, Error
-
     import wandb
+    from wandb.errors import AuthenticationError, CommError, Error
 
     words = {"reinit": "create_new", **init}
     later = f"`toolmem wandb sync {folder}` sends it"
