@@ -153,3 +153,12 @@ def test_a_damaged_source_leaves_nothing(run, tmp_path):
         with pytest.raises(ToolmemError, match="damaged"):
             convert(run, tmp_path / target, form, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_populations_is_converted_whole(run, tmp_path):
+    state = checkpoints.read(checkpoints.resolve(run))
+    state[checkpoints.KEY]["population"] = {"members": [{}, {}]}
+    checkpoints.write(state, tmp_path / "population.ckpt")
+    convert(tmp_path / "population.ckpt", tmp_path / "folder.ckpt", "folder", 2)
+    convert(tmp_path / "folder.ckpt", tmp_path / "back.ckpt", "file")
+    assert_same(checkpoints.read(tmp_path / "back.ckpt"), state)

@@ -39,9 +39,11 @@ WITHOUT: dict[str, tuple[Any, ...]] = {
 
 
 def adapters_of(path: Path) -> dict[str, Any] | None:
-    """What adapters a checkpoint has (``LoRA.plain``); None where it has none."""
-    found = about_of(read_state(path), path)["model"].get("lora")
-    return None if found is None else dict(found)
+    """What adapters a checkpoint has (``LoRA.plain``); None where it has none, whatever it is of."""
+    found: Any = read_state(path)
+    for key in (KEY, "model", "lora"):
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return dict(found) if isinstance(found, Mapping) else None
 
 
 def merged(path: Path) -> dict[str, Any] | None:
