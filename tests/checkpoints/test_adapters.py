@@ -109,7 +109,9 @@ def huggingface(path, folder):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_peft_loads_what_was_written_and_computes_the_same(kind, tmp_path):
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip(
+        "peft", reason="the extra dev is not installed: no peft to compare with"
+    )
     expected = trained(KINDS[kind], tmp_path / "run.ckpt")(tokens())
     theirs = huggingface(tmp_path / "base.ckpt", tmp_path / "hf")
     torch.testing.assert_close(
@@ -133,7 +135,9 @@ def test_peft_loads_what_was_written_and_computes_the_same(kind, tmp_path):
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("rooted", [False, True])
 def test_what_peft_trained_is_read(dora, rooted, tmp_path):
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip(
+        "peft", reason="the extra dev is not installed: no peft to compare with"
+    )
     theirs = huggingface(tmp_path / "base.ckpt", tmp_path / "hf")
     # query and value alone: the key of our one projection has no adapter
     config = peft.LoraConfig(

@@ -15,7 +15,9 @@ from toolmem import checkpoints
 from toolmem.data import ByteTokenizer
 from toolmem.models import Transformer
 
-pytest.importorskip("huggingface_hub")
+pytest.importorskip(
+    "huggingface_hub", reason="the extra hub is not installed: nothing to push with"
+)
 pytestmark = pytest.mark.slow  # processes
 
 

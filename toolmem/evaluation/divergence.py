@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,9 +25,8 @@ from torch import Tensor
 
 from toolmem.errors import ToolmemError
 from toolmem.evaluation.measures import Row, mean_over, ratio
-from toolmem.evaluation.perplexity import Text, batches, scored_states
+from toolmem.evaluation.perplexity import Text, WindowExamples, batches, scored_states
 from toolmem.evaluation.scoring import running
-from toolmem.generation.invariance import check_invariant
 
 if TYPE_CHECKING:
     from toolmem.models import LanguageModel
@@ -245,7 +243,7 @@ MEASURES = (
 )
 
 
-class Divergence:
+class Divergence(WindowExamples):
     """A text for a model and its base: an ``Examples``, of windows.
 
     Args:
@@ -263,24 +261,9 @@ class Divergence:
     def __init__(
         self, text: Text, model: LanguageModel, base: Base, *, invariant: bool = False
     ) -> None:
-        if invariant:
-            check_invariant(model)
+        super().__init__(text, model, invariant=invariant)
         base.check(text, model)
-        self.text = text
-        self.model = model
         self.base = base
-        self._invariant = invariant
-
-    def __len__(self) -> int:
-        return len(self.text.windows)
-
-    @cached_property
-    def _digest(self) -> str:
-        return self.text.digest()
-
-    def digest(self) -> str:
-        """Of the tokens, and how they are cut."""
-        return self._digest
 
     def ask(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
         """Rows of windows: sums, and ``kl``, ``kl_reverse`` and ``tv`` of every position."""

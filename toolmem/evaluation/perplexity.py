@@ -200,16 +200,17 @@ def scored_states(model: LanguageModel, windows: Sequence[Window]) -> Tensor:
     )
 
 
-class Perplexity:
-    """A text for one model: an ``Examples``, of windows.
+class WindowExamples:
+    """A text for a model, an example a window; what is found of each is the subclass's.
 
     Args:
         text: what is read.
         model: on any device.
         invariant: a window is run by itself (float32 on a CPU; slower).
-    """
 
-    measures = MEASURES
+    Raises:
+        ToolmemError: for ``invariant`` with a model that cannot be.
+    """
 
     def __init__(self, text: Text, model: LanguageModel, *, invariant: bool = False) -> None:
         if invariant:
@@ -228,6 +229,12 @@ class Perplexity:
     def digest(self) -> str:
         """Of the tokens, and how they are cut."""
         return self._digest
+
+
+class Perplexity(WindowExamples):
+    """How well a model foretells a text: an ``Examples``, of windows."""
+
+    measures = MEASURES
 
     def ask(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
         """Rows of windows: ``log_prob`` in nats, ``tokens``, ``bytes``."""
